@@ -1,0 +1,70 @@
+// A command of the one binary: `coil NAME …`. One file per command; apps/main.cc holds the table and the one
+// try/catch. Options are bound to a struct whose initialisers are the defaults (Boost.Program_options), so that
+// --help prints live defaults; every command also takes --config FILE (key = value lines), the command line wins.
+#pragma once
+
+#include <boost/program_options.hpp>
+#include <cstdint>
+#include <istream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/ops.h"
+
+namespace coil {
+
+struct Command {
+  const char* name;
+  const char* summary;                    // one line of `coil --help`
+  int (*run)(int argc, char** argv);      // argv[0] is the command's name; returns the exit status
+};
+
+int run_bench(int argc, char** argv);
+int run_classify(int argc, char** argv);
+int run_convert(int argc, char** argv);
+int run_eval(int argc, char** argv);
+int run_info(int argc, char** argv);
+int run_score(int argc, char** argv);
+int run_train(int argc, char** argv);
+
+// A size on the command line: 4096, 4k, 1M, 2G (powers of ten for bases: 4k is 4000).
+struct Size {
+  int64_t value = 0;
+  operator int64_t() const { return value; }
+};
+std::istream& operator>>(std::istream& in, Size& size);
+std::ostream& operator<<(std::ostream& out, const Size& size);
+
+// What every command takes.
+struct CommonOptions {
+  std::string device = "auto";  // auto | cpu
+  int threads = 0;              // 0: all
+  uint64_t seed = 1;
+  std::string precision = "f32";  // f32 | bf16: matrices
+};
+boost::program_options::options_description describe(CommonOptions& options);
+std::unique_ptr<Backend> make_backend(const CommonOptions& options);  // throws on an unknown device
+
+// Parses, prints help (and returns false) on --help, reads --config, throws UsageError with the command's name
+// on what it does not know. `usage` is the line after "usage: coil "; positional names the bound positionals in
+// order, the last one taking the rest where `rest`.
+bool parse(int argc, char** argv, const std::string& usage, const std::string& text,
+           const boost::program_options::options_description& options,
+           const std::vector<std::string>& positional, bool rest,
+           boost::program_options::variables_map& values);
+
+// Standard output or a file: written through, flushed and checked (full disk, closed pipe) by close().
+class Output {
+ public:
+  explicit Output(const std::string& path);  // "" or "-": stdout
+  ~Output();
+  void write(std::string_view text);
+  void close();  // throws naming the file and the reason
+
+ private:
+  std::FILE* file_;
+  std::string path_;
+};
+
+}  // namespace coil

@@ -1,0 +1,198 @@
+// THE CONTRACT between models and devices: one plain struct per operation, one abstract Backend.
+//
+//   t rows of the ragged batch   s state slots   d model   e inner   n state   w taps   v vocabulary   m outputs
+//
+// Rules
+//   * State in, state out, in the same op. A piece reads slot `from` and writes slot `to` of `state`; -1 is zero
+//     in and discard out. State is f32. Decoding is pieces of one step: there is no second entry.
+//   * One stream, no synchronisation inside an op. The op picks its algorithm; the caller never knows.
+//   * Parameter gradients are added to (+=); activation gradients are written (=).
+//   * Every entry checks shapes and dtypes and names op and operand (coil::Error). 64-bit indexing.
+//   * NaN in gives NaN out and never hangs. Same input, device and thread count: same bits. No float atomics.
+//   * A View that may be left out is marked optional; all others are required.
+//   * CPU: activations, gradients and state are f32; matrices (`gemm` b, `embed` table) are f32 or bf16.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "kernels/tensor.h"
+
+namespace coil {
+
+// c(m,n) = alpha * op(a) * op(b) + beta * c + bias(n). op is the transpose where ta / tb.
+// a (m,k) or (k,m) f32; b (k,n) or (n,k) f32 or bf16; c f32. Any of them may be a column view.
+struct Gemm {
+  View a, b, c;
+  View bias;  // optional (n) f32
+  bool ta = false, tb = false;
+  float alpha = 1, beta = 0;
+};
+
+// out(c) += sum over rows of x(t,c).
+struct SumRows {
+  View x, out;
+};
+
+// y[i] = table[ids[i]]. ids (t) i32 within 0 … v-1 (checked); table (v,d) f32 or bf16; y (t,d) f32.
+struct Embed {
+  View ids, table, y;
+};
+struct EmbedBackward {  // dtable(v,d) f32 += scatter of dy(t,d)
+  View ids, dy, dtable;
+};
+
+// residual_out = x + residual;  y = residual_out * rstd * weight,  rstd = 1 / sqrt(mean(residual_out^2) + eps).
+// RMS norm over each row (Zhang and Sennrich 2019).
+struct Norm {
+  View x;             // (t,d) f32
+  View residual;      // optional (t,d) f32
+  View weight;        // optional (d) f32
+  View y;             // (t,d) f32; may be x
+  View residual_out;  // optional (t,d) f32; may be x or residual; required if residual is given
+  View rstd;          // optional (t) f32: kept for backward
+  float eps = 1e-5f;
+};
+struct NormBackward {
+  View x;          // (t,d): the normalised sum, i.e. residual_out (or x where there was no residual)
+  View weight;     // optional (d)
+  View rstd;       // (t)
+  View dy;         // (t,d)
+  View dresidual;  // optional (t,d): gradient arriving at residual_out from further up, added to dx
+  View dx;         // (t,d): gradient of x and of residual alike; may be dy or dresidual
+  View dweight;    // optional (d) +=
+  float eps = 1e-5f;
+};
+
+// Causal depthwise convolution along each piece, then SiLU if asked:
+//   y[t,c] = act(bias[c] + sum_k weight[c,k] x[t-w+1+k, c]).  With `reverse` each piece is read from its end:
+//   y[t,c] = act(bias[c] + sum_k weight[c,k] x[t+w-1-k, c]); then pieces are whole sequences (from = to = -1).
+// state (s,w-1,c) f32 holds the last w-1 inputs of the sequence, oldest first.
+struct Conv1d {
+  View x, weight, y;  // (t,c) (c,w) (t,c); y must not be x
+  View bias;          // optional (c)
+  View state;         // (s,w-1,c); optional where every piece has from = to = -1
+  const Rows* rows = nullptr;
+  bool silu = true, reverse = false;
+};
+struct Conv1dBackward {
+  View x, weight, dy;  // as in forward; dy (t,c)
+  View bias;           // optional
+  View state;          // the state that forward read (slots `from` unchanged since)
+  View dx;             // (t,c); must not be dy
+  View dweight;        // (c,w) +=
+  View dbias;          // optional (c) +=
+  View dstate;         // optional (s,w-1,c): in, slot `to`: gradient of the final state; out, slot `from`: of the
+                       // initial one (from = to is fine: read before written)
+  const Rows* rows = nullptr;
+  bool silu = true, reverse = false;
+};
+
+// Mamba's selective scan (Gu and Dao 2023, section 3). Per channel c of e, with delta = softplus(dt + dt_bias):
+//   h[i] = exp(delta * A[c,i]) * h[i] + delta * x * B[i],   A = -exp(A_log)
+//   y    = sum_i C[i] * h[i] + D[c] * x,    then y *= silu(z) where z is given
+// checkpoints, for backward: h before steps 0, kScanBlock, 2*kScanBlock, … of each piece, in order of pieces;
+// (scan_checkpoints(rows), e, n) f32, layout private to the backend.
+constexpr int64_t kScanBlock = 32;
+int64_t scan_checkpoints(const Rows& rows);  // sum over pieces of ceil(length / kScanBlock)
+
+struct SelectiveScan {
+  View x, dt;             // (t,e)
+  View A_log;             // (e,n)
+  View B, C;              // (t,n)
+  View D, dt_bias;        // (e)
+  View y;                 // (t,e); may be dt or z, not x
+  View z;                 // optional (t,e)
+  View state;             // (s,e,n); optional where every piece has from = to = -1
+  View checkpoints;       // optional
+  View sum_dt;            // optional (pieces, e): sum of delta over the piece, so that pieces computed apart join
+  const Rows* rows = nullptr;
+  bool reverse = false;   // each piece is read from its end; then pieces are whole sequences
+};
+struct SelectiveScanBackward {
+  View x, dt, A_log, B, C, D, dt_bias, dy;  // dy (t,e)
+  View z;                                   // optional
+  View checkpoints;                         // required: from forward
+  View dx, ddt;                             // (t,e); ddt is the gradient of dt before bias and softplus
+  View dB, dC;                              // (t,n)
+  View dz;                                  // (t,e); required with z
+  View dA_log;                              // (e,n) +=
+  View dD, ddt_bias;                        // (e) +=
+  View dstate;                              // optional (s,e,n): as in Conv1dBackward
+  const Rows* rows = nullptr;
+  bool reverse = false;
+};
+
+// One output row for each piece with `last`, in order of pieces. `last`: the sequence's last row; `mean`: the mean
+// over all its rows. state (s,d+1) f64 carries the running sum and the count of a sequence in pieces.
+enum class Pooling : uint8_t { last, mean };
+struct Pool {
+  View x, y;  // (t,d) (m,d), m = rows->finished()
+  View state; // optional where every piece has from = to = -1; unused by `last`
+  const Rows* rows = nullptr;
+  Pooling pooling = Pooling::mean;
+};
+struct PoolBackward {  // of whole sequences (position 0, last): dx (t,d) from dy (m,d)
+  View dy, dx;
+  const Rows* rows = nullptr;
+  Pooling pooling = Pooling::mean;
+};
+
+// loss[i] = -weight * log softmax(logits[i])[targets[i]] in nats. targets (m) i32; -1: not counted, loss 0.
+// With `dlogits`, also dlogits = scale * weight * (softmax - onehot), 0 for rows not counted; may be logits.
+struct CrossEntropy {
+  View logits;         // (m,v) f32
+  View targets;        // (m) i32
+  View loss;           // (m) f32
+  View dlogits;        // optional (m,v)
+  View class_weights;  // optional (v)
+  float scale = 1;
+};
+
+// out(1) f64 += sum of x^2; x f32, any contiguous shape. Summed in f64 in a fixed order.
+struct SumSquares {
+  View x, out;
+};
+
+// AdamW (Loshchilov and Hutter 2019), torch's arithmetic, step counted from 1. All contiguous f32, one shape.
+//   g *= grad_scale; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr*(decay*w + m^ / (sqrt(v^) + eps))
+struct AdamW {
+  View w, g, m, v;
+  float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, decay = 0, grad_scale = 1;
+  int64_t step = 1;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual Device device() const = 0;
+  virtual int threads() const = 0;  // host threads an op uses
+
+  // Memory. free() of a block keeps it for the next alloc of its size class.
+  virtual void* alloc(int64_t bytes) = 0;
+  virtual void free(void* data) = 0;
+  virtual void copy(View from, View to) = 0;  // same shape; casts, strides, and crosses devices
+  virtual void fill(View x, double value) = 0;
+  virtual void sync() = 0;
+
+  virtual void run(const Gemm&) = 0;
+  virtual void run(const SumRows&) = 0;
+  virtual void run(const Embed&) = 0;
+  virtual void run(const EmbedBackward&) = 0;
+  virtual void run(const Norm&) = 0;
+  virtual void run(const NormBackward&) = 0;
+  virtual void run(const Conv1d&) = 0;
+  virtual void run(const Conv1dBackward&) = 0;
+  virtual void run(const SelectiveScan&) = 0;
+  virtual void run(const SelectiveScanBackward&) = 0;
+  virtual void run(const Pool&) = 0;
+  virtual void run(const PoolBackward&) = 0;
+  virtual void run(const CrossEntropy&) = 0;
+  virtual void run(const SumSquares&) = 0;
+  virtual void run(const AdamW&) = 0;
+};
+
+// threads 0: as many as the machine has.
+std::unique_ptr<Backend> make_cpu_backend(int threads = 0);
+
+}  // namespace coil

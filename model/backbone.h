@@ -1,0 +1,55 @@
+// The stack: residual blocks norm → mixer, then a final norm. (t,d) → (t,d). Knows no vocabulary and no head.
+#pragma once
+
+#include <variant>
+
+#include "model/mamba1.h"
+
+namespace coil {
+
+using MixerWeights = std::variant<Mamba1Weights>;
+using MixerState = std::variant<Mamba1State>;
+using MixerSaved = std::variant<Mamba1Saved>;
+
+struct Layer {
+  Tensor norm;  // (d)
+  MixerWeights mixer;
+};
+
+// Everything carried between pieces of a sequence, plain tensors with one row per slot: snapshot, fork, save
+// and resume are copies.
+struct State {
+  State(Backend& backend, const Config& config, int32_t slots);
+  int32_t slots = 0;
+  std::vector<MixerState> layers;
+  Tensor pool;  // (s, d+1) f64: Pool's running sum and count
+};
+
+struct Saved {                     // of one forward, for one backward
+  struct Block {
+    Tensor residual;               // (t,d) sum that the block's norm read
+    Tensor rstd;                   // (t)
+    MixerSaved mixer;
+  };
+  std::vector<Block> blocks;
+  Tensor residual, rstd;           // of the final norm
+  const State* initial = nullptr;  // the state forward read; must stay unchanged until backward
+};
+
+class Backbone {
+ public:
+  std::vector<Layer> layers;
+  Tensor norm_f;  // (d)
+
+  // x (t,d) is consumed. state null: start from zero, discard. saved null: inference. With both, pieces must
+  // fork (from != to), since backward reads the initial state again.
+  Tensor forward(Backend& backend, const Config& config, Tensor x, const Rows& rows, State* state,
+                 Saved* saved) const;
+  // dy (t,d) → dx (t,d); adds to grad. dstate: in, of the final state, out, of the initial one; null: neither.
+  Tensor backward(Backend& backend, const Config& config, const Saved& saved, const Rows& rows,
+                  View dy, State* dstate, Backbone& grad) const;
+};
+
+std::vector<Param> declare(const Config& config, Backbone& backbone, const std::string& prefix);
+
+}  // namespace coil
