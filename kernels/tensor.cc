@@ -1,0 +1,177 @@
+// View, Tensor and Rows: shapes, ownership and the ragged batch.
+#include "kernels/tensor.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "kernels/error.h"
+#include "kernels/ops.h"
+
+namespace coil {
+
+int64_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::bf16:
+      return 2;
+    case DType::f64:
+      return 8;
+    case DType::u8:
+      return 1;
+  }
+  COIL_ASSERT(!"a dtype");
+}
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::f32:
+      return "f32";
+    case DType::bf16:
+      return "bf16";
+    case DType::f64:
+      return "f64";
+    case DType::i32:
+      return "i32";
+    case DType::u8:
+      return "u8";
+  }
+  COIL_ASSERT(!"a dtype");
+}
+
+namespace {
+
+View contiguous_view(void* data, DType dtype, Device device, std::span<const int64_t> shape) {
+  check(!shape.empty() && shape.size() <= kMaxRank, "tensor: rank {}, expected 1 to {}",
+        shape.size(), kMaxRank);
+  View view{.data = data, .dtype = dtype, .device = device, .rank = static_cast<int>(shape.size())};
+  int64_t count = 1;
+  for (int i = view.rank - 1; i >= 0; --i) {
+    check(shape[i] >= 0, "tensor: size {} of dimension {}, expected 0 or more", shape[i], i);
+    view.size[i] = shape[i];
+    view.stride[i] = count;
+    check(shape[i] == 0 || count <= std::numeric_limits<int64_t>::max() / 16 / shape[i],
+          "tensor: {} elements or more in one tensor", count);
+    count *= std::max<int64_t>(shape[i], 1);
+  }
+  return view;
+}
+
+}  // namespace
+
+int64_t View::count() const {
+  if (rank == 0) return 0;
+  int64_t count = 1;
+  for (int i = 0; i < rank; ++i) count *= size[i];
+  return count;
+}
+
+bool View::contiguous() const {
+  if (count() == 0) return true;
+  int64_t expected = 1;
+  for (int i = rank - 1; i >= 0; --i) {
+    if (size[i] != 1 && stride[i] != expected) return false;
+    expected *= size[i];
+  }
+  return true;
+}
+
+View View::slice(int64_t begin, int64_t length) const {
+  COIL_ASSERT(rank >= 1 && begin >= 0 && length >= 0 && begin + length <= size[0]);
+  View view = *this;
+  view.data = static_cast<char*>(data) + begin * stride[0] * size_of(dtype);
+  view.size[0] = length;
+  return view;
+}
+
+View View::columns(int64_t begin, int64_t length) const {
+  COIL_ASSERT(rank >= 1 && begin >= 0 && length >= 0 && begin + length <= size[rank - 1]);
+  View view = *this;
+  view.data = static_cast<char*>(data) + begin * stride[rank - 1] * size_of(dtype);
+  view.size[rank - 1] = length;
+  return view;
+}
+
+View View::reshape(std::initializer_list<int64_t> shape) const {
+  COIL_ASSERT(contiguous());
+  View view = contiguous_view(data, dtype, device, {shape.begin(), shape.size()});
+  COIL_ASSERT(view.count() == count());
+  return view;
+}
+
+std::string View::shape() const {
+  std::string text = "(";
+  for (int i = 0; i < rank; ++i) text += fmt::format("{}{}", i == 0 ? "" : ", ", size[i]);
+  return text + ") " + name_of(dtype);
+}
+
+View host_view(void* data, DType dtype, std::initializer_list<int64_t> shape) {
+  return contiguous_view(data, dtype, {}, {shape.begin(), shape.size()});
+}
+
+Tensor::Tensor(Backend& backend, DType dtype, std::initializer_list<int64_t> shape)
+    : Tensor(backend, dtype, std::span<const int64_t>(shape.begin(), shape.size())) {}
+
+Tensor::Tensor(Backend& backend, DType dtype, std::span<const int64_t> shape)
+    : view_(contiguous_view(nullptr, dtype, backend.device(), shape)), backend_(&backend) {
+  view_.data = backend.alloc(view_.count() * size_of(dtype));
+}
+
+Tensor::Tensor(Tensor&& other) noexcept
+    : view_(std::exchange(other.view_, {})), backend_(std::exchange(other.backend_, nullptr)) {}
+
+Tensor& Tensor::operator=(Tensor&& other) noexcept {
+  std::swap(view_, other.view_);
+  std::swap(backend_, other.backend_);
+  Tensor old = std::move(other);  // frees what this held now, not when `other` goes
+  return *this;
+}
+
+Tensor::~Tensor() {
+  if (view_.data) backend_->free(view_.data);
+}
+
+Rows::Rows(Backend&, std::vector<Piece> pieces) : pieces_(std::move(pieces)) {
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const Piece& piece = pieces_[i];
+    check(piece.begin == total_, "rows: piece {} begins at row {}, expected {}", i, piece.begin,
+          total_);
+    check(piece.length >= 1, "rows: piece {} has length {}, expected 1 or more", i, piece.length);
+    check(piece.position >= 0, "rows: piece {} has position {}, expected 0 or more", i,
+          piece.position);
+    check(piece.from >= -1 && piece.to >= -1,
+          "rows: piece {} names slots {} and {}, expected -1 or more", i, piece.from, piece.to);
+    total_ += piece.length;
+    finished_ += piece.last;
+    slots_ = std::max({slots_, piece.from + 1, piece.to + 1});
+  }
+  std::vector<int64_t> writer(slots_, -1);
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const int32_t to = pieces_[i].to;
+    if (to < 0) continue;
+    check(writer[to] < 0, "rows: pieces {} and {} both write slot {}", writer[to], i, to);
+    writer[to] = i;
+  }
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const int32_t from = pieces_[i].from;
+    if (from < 0) continue;
+    check(writer[from] < 0 || writer[from] == static_cast<int64_t>(i),
+          "rows: piece {} reads slot {}, which piece {} writes", i, from, writer[from]);
+  }
+}
+
+Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
+  std::vector<Piece> pieces(count);
+  for (int64_t i = 0; i < count; ++i) pieces[i] = {.begin = i * length, .length = length};
+  return Rows(backend, std::move(pieces));
+}
+
+int64_t scan_checkpoints(const Rows& rows) {
+  int64_t count = 0;
+  for (const Piece& piece : rows.pieces()) count += (piece.length + kScanBlock - 1) / kScanBlock;
+  return count;
+}
+
+}  // namespace coil

@@ -1,0 +1,218 @@
+// Memory of the CPU backend: blocks by size class, strided casting copies, fill.
+//
+// Blocks are kept after free(), since a fresh block of some MiB costs a page fault per 4 KiB. Size
+// classes are eighths of a power of two: at most 12.5 % of a block is unused. What is in use plus
+// what is kept never exceeds the most that was ever in use at once, plus an eighth and 16 MiB: the
+// oldest kept blocks go back first.
+#include <omp.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/error.h"
+
+namespace coil {
+
+namespace {
+
+constexpr int64_t kAlignment = 64;
+constexpr int64_t kKeptAlways = 16 << 20;  // bytes kept however little is in use
+constexpr int64_t kParallelBytes =
+    256 << 10;                        // below this a copy or fill is not worth a parallel region
+constexpr int64_t kBlock = 16 << 10;  // elements of a row that one thread copies at a time
+
+// The smallest multiple of an eighth of a power of two that holds `bytes`.
+int64_t size_class(int64_t bytes) {
+  if (bytes <= 8 * kAlignment) return std::max(kAlignment, (bytes + 63) / 64 * 64);
+  const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes - 1))) / 8;
+  return (bytes + step - 1) / step * step;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+double to_number(T x) {
+  return static_cast<double>(x);
+}
+template <>
+double to_number(BFloat16 x) {
+  return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+
+BFloat16 to_bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+template <class To, class From>
+To cast(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (std::is_same_v<To, BFloat16>) {
+    return to_bf16(static_cast<float>(to_number(x)));
+  } else if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, float>) {
+    return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
+  } else if constexpr (std::is_integral_v<To>) {  // towards zero, clipped; NaN is 0
+    const double value = to_number(x);
+    if (value != value) return 0;
+    return static_cast<To>(
+        std::clamp<double>(value, std::numeric_limits<To>::min(), std::numeric_limits<To>::max()));
+  } else {
+    return static_cast<To>(to_number(x));
+  }
+}
+
+// Calls f with a value of the C++ type of dtype.
+template <class F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(BFloat16{});
+    case DType::f64:
+      return f(double{});
+    case DType::i32:
+      return f(int32_t{});
+    case DType::u8:
+      return f(uint8_t{});
+  }
+}
+
+// A view as rows of its last dimension: calls f(row, begin, length) for blocks of rows, over the
+// threads.
+template <class F>
+void for_each_block(int64_t rows, int64_t cols, int64_t bytes, int threads, F&& f) {
+  const int64_t blocks = (cols + kBlock - 1) / kBlock;
+#pragma omp parallel for num_threads(threads) schedule(static) if (bytes >= kParallelBytes)
+  for (int64_t i = 0; i < rows * blocks; ++i) {
+    const int64_t begin = i % blocks * kBlock;
+    f(i / blocks, begin, std::min(kBlock, cols - begin));
+  }
+}
+
+// Element offset of row `row`, the leading dimensions counted together.
+int64_t row_offset(const View& view, int64_t row) {
+  int64_t offset = 0;
+  for (int i = view.rank - 2; i >= 0; --i) {
+    offset += row % view.size[i] * view.stride[i];
+    row /= view.size[i];
+  }
+  return offset;
+}
+
+// Contiguous views become one row, so that blocks are long whatever the shape.
+View flat(const View& view) { return view.reshape({view.count()}); }
+
+}  // namespace
+
+void* CpuBackend::alloc(int64_t bytes) {
+  const int64_t size = size_class(bytes);
+  const std::lock_guard lock(memory_mutex_);
+  void* data = nullptr;
+  if (auto kept = kept_.find(size); kept != kept_.end()) {
+    data = kept->second.back().data;
+    kept->second.pop_back();
+    if (kept->second.empty()) kept_.erase(kept);
+    kept_bytes_ -= size;
+  } else {
+    const int64_t most = std::max(most_in_use_, in_use_ + size);
+    while (kept_bytes_ > 0 && in_use_ + size + kept_bytes_ > most + most / 8 + kKeptAlways)
+      release_oldest();
+    data = std::aligned_alloc(kAlignment, size);
+    if (!data && !kept_.empty()) {
+      while (!kept_.empty()) release_oldest();
+      data = std::aligned_alloc(kAlignment, size);
+    }
+    check(data != nullptr, "out of memory: {} bytes asked for, {} in use", size, in_use_);
+    blocks_[data] = size;
+  }
+  in_use_ += size;
+  most_in_use_ = std::max(most_in_use_, in_use_);
+  return data;
+}
+
+void CpuBackend::free(void* data) {
+  if (!data) return;
+  const std::lock_guard lock(memory_mutex_);
+  const auto block = blocks_.find(data);
+  COIL_ASSERT(block != blocks_.end());
+  kept_[block->second].push_back({data, ++frees_});
+  kept_bytes_ += block->second;
+  in_use_ -= block->second;
+}
+
+void CpuBackend::release_oldest() {
+  auto oldest = kept_.begin();  // each class is in order of age
+  for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)
+    if (kept->second.front().freed < oldest->second.front().freed) oldest = kept;
+  void* data = oldest->second.front().data;
+  kept_bytes_ -= oldest->first;
+  oldest->second.erase(oldest->second.begin());
+  if (oldest->second.empty()) kept_.erase(oldest);
+  blocks_.erase(data);
+  std::free(data);
+}
+
+void CpuBackend::release_memory() {
+  for (const auto& [data, size] : blocks_) std::free(data);
+}
+
+void CpuBackend::copy(View from, View to) {
+  bool same = from.rank == to.rank;
+  for (int i = 0; same && i < from.rank; ++i) same = from.size[i] == to.size[i];
+  check(same, "copy: from is {}, to is {}: expected one shape", from.shape(), to.shape());
+  check(from.device == to.device && from.device == Device{}, "copy: expected host memory");
+  if (from.count() == 0) return;
+  if (from.contiguous() && to.contiguous()) {
+    from = flat(from);
+    to = flat(to);
+  }
+  const int64_t cols = from.cols(), rows = from.count() / cols;
+  with_type(from.dtype, [&](auto from_value) {
+    with_type(to.dtype, [&](auto to_value) {
+      using From = decltype(from_value);
+      using To = decltype(to_value);
+      const int64_t bytes = from.count() * static_cast<int64_t>(sizeof(From) + sizeof(To));
+      for_each_block(rows, cols, bytes, threads_, [&](int64_t row, int64_t begin, int64_t length) {
+        const From* x = from.as<From>() + row_offset(from, row) + begin;
+        To* y = to.as<To>() + row_offset(to, row) + begin;
+        if constexpr (std::is_same_v<From, To>) {
+          std::memcpy(y, x, length * sizeof(To));
+        } else {
+          for (int64_t i = 0; i < length; ++i) y[i] = cast<To>(x[i]);
+        }
+      });
+    });
+  });
+}
+
+void CpuBackend::fill(View x, double value) {
+  check(x.device == Device{}, "fill: expected host memory");
+  if (x.count() == 0) return;
+  if (x.contiguous()) x = flat(x);
+  const int64_t cols = x.cols(), rows = x.count() / cols;
+  with_type(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T filling = cast<T>(value);
+    const int64_t bytes = x.count() * static_cast<int64_t>(sizeof(T));
+    for_each_block(rows, cols, bytes, threads_, [&](int64_t row, int64_t begin, int64_t length) {
+      T* y = x.as<T>() + row_offset(x, row) + begin;
+      std::fill(y, y + length, filling);
+    });
+  });
+}
+
+std::unique_ptr<Backend> make_cpu_backend(int threads) {
+  check(threads >= 0, "threads: {}, expected 0 (all) or more", threads);
+  return std::make_unique<CpuBackend>(threads > 0 ? threads : omp_get_num_procs());
+}
+
+}  // namespace coil

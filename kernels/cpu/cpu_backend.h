@@ -1,5 +1,5 @@
-// The CPU backend: oneDNN for matrix products, Highway (run-time dispatch) for everything else, OpenMP threads.
-// One file per op beside this header.
+// The CPU backend: oneDNN for matrix products, Highway (run-time dispatch) for everything else,
+// OpenMP threads. One file per op beside this header.
 #pragma once
 
 #include <map>
@@ -42,12 +42,20 @@ class CpuBackend final : public Backend {
   void run(const AdamW&) override;
 
  private:
-  struct Products;  // oneDNN engine, stream and primitives by shape: gemm.cc
+  struct Products;  // oneDNN engine, stream and primitives by shape: gemm.cc, as constructor and
+                    // destructor
   int threads_;
   std::unique_ptr<Products> products_;
   std::mutex memory_mutex_;
-  std::unordered_map<void*, int64_t> blocks_;        // size class of every block handed out or kept
-  std::map<int64_t, std::vector<void*>> free_;       // by size class
+  struct Kept {
+    void* data;
+    int64_t freed;  // frees_ when it came back: its age
+  };
+  void release_oldest();
+  void release_memory();
+  std::unordered_map<void*, int64_t> blocks_;  // size class of every block handed out or kept
+  std::map<int64_t, std::vector<Kept>> kept_;  // by size class, oldest first
+  int64_t in_use_ = 0, most_in_use_ = 0, kept_bytes_ = 0, frees_ = 0;
 };
 
 }  // namespace coil
