@@ -1,10 +1,11 @@
-// Training state beside a model: MODEL/train/step-N/ written whole, files and folder fsynced, renamed into
-// place, then `latest` (a file naming step-N) replaced atomically: weights and moments of different steps never
-// meet, whenever the process is killed.
+// Training state beside a model: MODEL/train/step-N/ written whole, files and folder fsynced,
+// renamed into place, then `latest` (a file naming step-N) replaced atomically: weights and moments
+// of different steps never meet, whenever the process is killed.
 #pragma once
 
 #include <string>
 
+#include "model/atomic_file.h"
 #include "model/optimizer.h"
 
 namespace coil {
@@ -12,17 +13,15 @@ namespace coil {
 struct Checkpoint {
   int64_t step = 0;
   std::string options;  // JSON: the resolved options of the run, compared on --resume
-  std::string cursor;   // JSON: data cursor, best metric so far, evaluations without improvement, …
+  std::string cursor;  // JSON: data cursor, best metric so far, evaluations without improvement, …
 };
 
 void save_checkpoint(Backend& backend, const std::string& folder, const Checkpoint& checkpoint,
                      const Model& model, const Optimizer& optimizer, int keep = 2);
 bool has_checkpoint(const std::string& folder);
 // Loads weights and moments into objects of the right config; throws naming file and difference.
-Checkpoint load_checkpoint(Backend& backend, const std::string& folder, Model& model, Optimizer& optimizer);
+Checkpoint load_checkpoint(Backend& backend, const std::string& folder, Model& model,
+                           Optimizer& optimizer);
 Checkpoint peek_checkpoint(const std::string& folder);  // without tensors
-
-// Writes text to path by path.tmp, fsync, rename, fsync of the folder.
-void write_file_atomically(const std::string& path, const std::string& text);
 
 }  // namespace coil

@@ -1,5 +1,6 @@
-// safetensors files (the format of Hugging Face): 8 bytes header length, JSON header, data. A header that lies
-// about offsets, shapes, sizes or dtypes is refused before anything is read; nothing is read out of bounds.
+// safetensors files (the format of Hugging Face): 8 bytes header length, JSON header, data. A
+// header that lies about offsets, shapes, sizes or dtypes is refused before anything is read;
+// nothing is read out of bounds.
 #pragma once
 
 #include <map>
@@ -13,7 +14,12 @@
 
 namespace coil {
 
+constexpr const char* kTensorFile = "model.safetensors";
+constexpr const char* kTensorIndex = "model.safetensors.index.json";
+
 enum class FileType : uint8_t { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL };
+const char* name_of(FileType type);  // as in the file: "F32", …
+int64_t size_of(FileType type);      // bytes per element
 
 struct FileTensor {
   FileType type;
@@ -21,8 +27,11 @@ struct FileTensor {
   int64_t begin, end;  // bytes within the data
 };
 
-// The header of a file of `file_bytes`, checked. `where` names the file in messages. This is what is fuzzed.
-std::map<std::string, FileTensor> parse_safetensors_header(std::string_view header, int64_t data_bytes,
+// The header of a file with `data_bytes` after it, checked: every tensor lies within the data, its
+// bytes are what dtype and shape need, tensors neither overlap nor leave gaps. `where` names the
+// file in messages. This is what is fuzzed.
+std::map<std::string, FileTensor> parse_safetensors_header(std::string_view header,
+                                                           int64_t data_bytes,
                                                            const std::string& where);
 
 // A file, or a folder with model.safetensors or model.safetensors.index.json and its shards.
@@ -37,6 +46,7 @@ class SafetensorsReader {
   std::vector<float> read_f32(const std::string& name) const;
   std::vector<int32_t> read_i32(const std::string& name) const;
   std::string metadata(const std::string& key) const;  // "" where absent
+  std::vector<std::string> files() const;              // the paths read, one or the shards
 
  private:
   struct File;
@@ -44,14 +54,18 @@ class SafetensorsReader {
   std::map<std::string, std::pair<const File*, FileTensor>> tensors_;
 };
 
-// Host tensors (f32, bf16, f64, i32, u8) under names, written to path + ".tmp", fsynced, renamed. shard_bytes
-// above 0: into folder-style shards model-0000i-of-0000n.safetensors with an index beside them.
+// Contiguous host tensors (f32, bf16, f64, i32, u8) under names, written to path + ".tmp", fsynced,
+// renamed. The metadata always holds {"format": "pt"}, without which transformers refuses the file.
 struct NamedView {
   std::string name;
   View view;
 };
 void write_safetensors(const std::string& path, std::span<const NamedView> tensors,
                        const std::map<std::string, std::string>& metadata = {});
-void write_sharded(const std::string& folder, std::span<const NamedView> tensors, int64_t shard_bytes);
+// model.safetensors in `folder`, or where that would be longer than shard_bytes (above 0) the
+// shards model-0000i-of-0000n.safetensors, each at most that long unless it holds one tensor only,
+// and their index. Tensor files of an earlier save are removed, last.
+void write_sharded(const std::string& folder, std::span<const NamedView> tensors,
+                   int64_t shard_bytes);
 
 }  // namespace coil
