@@ -1,6 +1,9 @@
 // Training state beside a model: MODEL/train/step-N/ written whole, files and folder fsynced,
-// renamed into place, then `latest` (a file naming step-N) replaced atomically: weights and moments
-// of different steps never meet, whenever the process is killed.
+// renamed into place, then MODEL/train/latest (a file naming step-N) replaced atomically: weights
+// and moments of different steps never meet, whenever the process is killed.
+//   step-N/model.safetensors      weights          step-N/optimizer.safetensors   moments, m.NAME
+//   and v.NAME step-N/state.json             step, options of the run, cursor; its presence marks a
+//   whole checkpoint
 #pragma once
 
 #include <string>
@@ -16,6 +19,8 @@ struct Checkpoint {
   std::string cursor;  // JSON: data cursor, best metric so far, evaluations without improvement, …
 };
 
+// `folder` is the model folder everywhere. Keeps the `keep` newest checkpoints; those of a later
+// step than this one, left by another run in the same folder, are removed.
 void save_checkpoint(Backend& backend, const std::string& folder, const Checkpoint& checkpoint,
                      const Model& model, const Optimizer& optimizer, int keep = 2);
 bool has_checkpoint(const std::string& folder);
@@ -23,5 +28,7 @@ bool has_checkpoint(const std::string& folder);
 Checkpoint load_checkpoint(Backend& backend, const std::string& folder, Model& model,
                            Optimizer& optimizer);
 Checkpoint peek_checkpoint(const std::string& folder);  // without tensors
+void remove_checkpoints(
+    const std::string& folder);  // a run that starts anew in a folder used before
 
 }  // namespace coil
