@@ -1,0 +1,42 @@
+// Checks at the entry of an op: the message names op, operand, what was found and what was
+// expected.
+//   norm: weight is (512) f32, expected (256) f32
+#pragma once
+
+#include <initializer_list>
+
+#include "kernels/error.h"
+#include "kernels/tensor.h"
+
+namespace coil {
+
+inline void expect(const char* op, const char* operand, const View& view, DType dtype,
+                   std::initializer_list<int64_t> shape) {
+  bool ok = view.data && view.dtype == dtype && view.rank == static_cast<int>(shape.size());
+  int i = 0;
+  for (const int64_t size : shape) ok = ok && view.size[i++] == size;
+  if (ok && (view.cols() <= 1 || view.stride[view.rank - 1] == 1)) [[likely]]
+    return;
+  View expected = view;
+  expected.dtype = dtype;
+  expected.rank = static_cast<int>(shape.size());
+  i = 0;
+  for (const int64_t size : shape) expected.size[i++] = size;
+  check(view.data != nullptr, "{}: {} is missing, expected {}", op, operand, expected.shape());
+  check(ok, "{}: {} is {}, expected {}", op, operand, view.shape(), expected.shape());
+  fail("{}: {} has a last stride of {}, expected 1", op, operand, view.stride[view.rank - 1]);
+}
+
+// As expect(), where the operand may be left out.
+inline void expect_if(const char* op, const char* operand, const View& view, DType dtype,
+                      std::initializer_list<int64_t> shape) {
+  if (view) expect(op, operand, view, dtype, shape);
+}
+
+// For the operand that the other shapes are taken from.
+inline void expect_rank(const char* op, const char* operand, const View& view, int rank) {
+  check(view.data != nullptr, "{}: {} is missing", op, operand);
+  check(view.rank == rank, "{}: {} is {}, expected {} dimensions", op, operand, view.shape(), rank);
+}
+
+}  // namespace coil
