@@ -1,4 +1,5 @@
-// The stack: residual blocks norm → mixer, then a final norm. (t,d) → (t,d). Knows no vocabulary and no head.
+// The stack: residual blocks norm → mixer, then a final norm. (t,d) → (t,d). Knows no vocabulary
+// and no head.
 #pragma once
 
 #include <variant>
@@ -16,8 +17,8 @@ struct Layer {
   MixerWeights mixer;
 };
 
-// Everything carried between pieces of a sequence, plain tensors with one row per slot: snapshot, fork, save
-// and resume are copies.
+// Everything carried between pieces of a sequence, plain tensors with one row per slot: snapshot,
+// fork, save and resume are copies.
 struct State {
   State(Backend& backend, const Config& config, int32_t slots);
   int32_t slots = 0;
@@ -25,10 +26,10 @@ struct State {
   Tensor pool;  // (s, d+1) f64: Pool's running sum and count
 };
 
-struct Saved {                     // of one forward, for one backward
+struct Saved {  // of one forward, for one backward
   struct Block {
-    Tensor residual;               // (t,d) sum that the block's norm read
-    Tensor rstd;                   // (t)
+    Tensor residual;  // (t,d) sum that the block's norm read
+    Tensor rstd;      // (t)
     MixerSaved mixer;
   };
   std::vector<Block> blocks;
@@ -41,11 +42,12 @@ class Backbone {
   std::vector<Layer> layers;
   Tensor norm_f;  // (d)
 
-  // x (t,d) is consumed. state null: start from zero, discard. saved null: inference. With both, pieces must
-  // fork (from != to), since backward reads the initial state again.
+  // x (t,d) is consumed. state null: start from zero, discard. saved null: inference. With both,
+  // pieces must fork (from != to), since backward reads the initial state again.
   Tensor forward(Backend& backend, const Config& config, Tensor x, const Rows& rows, State* state,
                  Saved* saved) const;
-  // dy (t,d) → dx (t,d); adds to grad. dstate: in, of the final state, out, of the initial one; null: neither.
+  // dy (t,d) → dx (t,d); adds to grad. dstate: in, of the final state, out, of the initial one;
+  // null: neither.
   Tensor backward(Backend& backend, const Config& config, const Saved& saved, const Rows& rows,
                   View dy, State* dstate, Backbone& grad) const;
 };

@@ -1,0 +1,305 @@
+// config.json and labels.txt, read and written. Every key is checked: a wrong type, a size that
+// cannot be and a key that would change the mathematics are refused by a line naming file, key,
+// expected and found. Source of names and defaults: transformers' configuration_mamba.py and
+// configuration_falcon_mamba.py.
+#include "model/config.h"
+
+#include <cmath>
+#include <initializer_list>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <sstream>
+#include <string_view>
+
+#include "kernels/error.h"
+#include "model/atomic_file.h"
+
+namespace coil {
+namespace {
+
+using Json = nlohmann::json;
+using OrderedJson = nlohmann::ordered_json;
+
+constexpr int64_t kMaxSize = (int64_t{1} << 31) - 1;  // of one dimension
+constexpr int64_t kMaxLayers = 1 << 16;
+constexpr int64_t kMaxParameters = int64_t{1} << 40;
+constexpr int64_t kMaxBytes = 16 << 20;  // of config.json and labels.txt
+
+std::string describe(const Json& value) {
+  if (value.is_structured()) return fmt::format("an {}", value.type_name());
+  std::string text = value.dump(-1, ' ', true);
+  return text.size() <= 80 ? text : text.substr(0, 80) + "…";
+}
+
+// One JSON object whose messages name the file and the key in full.
+class Reader {
+ public:
+  Reader(const Json& object, std::string where, std::string prefix = {})
+      : object_(object), where_(std::move(where)), prefix_(std::move(prefix)) {}
+
+  const Json* find(const char* key) const {
+    auto found = object_.find(key);
+    return found == object_.end() || found->is_null() ? nullptr : &*found;
+  }
+  const Json& need(const char* key) const {
+    const Json* value = find(key);
+    check(value != nullptr, "{}: {}{} is missing", where_, prefix_, key);
+    return *value;
+  }
+  [[noreturn]] void refuse(const char* key, const std::string& expected, const Json& found) const {
+    fail("{}: {}{}: expected {}, found {}", where_, prefix_, key, expected, describe(found));
+  }
+
+  int64_t size(const char* key, int64_t low = 1, int64_t high = kMaxSize) const {
+    const Json& value = need(key);
+    // is_number_integer holds for unsigned too; one above 2^63 would turn negative and is refused
+    // all the same.
+    const int64_t size = value.is_number_integer() ? value.get<int64_t>() : low - 1;
+    if (size < low || size > high)
+      refuse(key, fmt::format("a whole number from {} to {}", low, high), value);
+    return size;
+  }
+  int64_t size_or(const char* key, int64_t absent, int64_t low = 1, int64_t high = kMaxSize) const {
+    return find(key) ? size(key, low, high) : absent;
+  }
+  bool flag_or(const char* key, bool absent) const {
+    const Json* value = find(key);
+    if (!value) return absent;
+    if (!value->is_boolean()) refuse(key, "true or false", *value);
+    return value->get<bool>();
+  }
+  // Above 0, and still so as f32.
+  double positive_or(const char* key, double absent, double high = 1e6) const {
+    const Json* value = find(key);
+    if (!value) return absent;
+    const double number = value->is_number() ? value->get<double>() : 0;
+    if (!(number >= 1e-30 && number <= high))
+      refuse(key, fmt::format("a number above 0, at most {}", high), *value);
+    return number;
+  }
+  std::string one_of(const char* key, std::initializer_list<const char*> choices) const {
+    const Json& value = need(key);
+    std::string list;
+    for (const char* choice : choices) {
+      if (value.is_string() && value.get_ref<const std::string&>() == choice) return choice;
+      list += fmt::format("{}\"{}\"", list.empty() ? "" : " or ", choice);
+    }
+    refuse(key, list, value);
+  }
+  std::string one_of_or(const char* key, const char* absent,
+                        std::initializer_list<const char*> choices) const {
+    return find(key) ? one_of(key, choices) : absent;
+  }
+
+ private:
+  const Json& object_;
+  std::string where_, prefix_;
+};
+
+void parse_sizes(const Reader& json, Config& config) {
+  config.vocab = json.size("vocab_size");
+  config.d = json.size("hidden_size");
+  config.n = json.size_or("state_size", 16);
+  config.w = json.size_or("conv_kernel", 4, 2);
+  config.layers.assign(static_cast<size_t>(json.size("num_hidden_layers", 1, kMaxLayers)),
+                       LayerConfig{});
+
+  // A written intermediate_size wins over expand: falcon-mamba-7b says expand 16 and 8192 = 2 *
+  // 4096.
+  if (json.find("intermediate_size")) {
+    config.e = json.size("intermediate_size");
+  } else {
+    const double e = std::floor(json.positive_or("expand", 2) * static_cast<double>(config.d));
+    if (!(e >= 1 && e <= static_cast<double>(kMaxSize)))
+      json.refuse("expand", fmt::format("expand * hidden_size from 1 to {}", kMaxSize),
+                  json.need("expand"));
+    config.e = static_cast<int64_t>(e);
+  }
+  const Json* rank = json.find("time_step_rank");
+  const bool automatic =
+      !rank || (rank->is_string() && rank->get_ref<const std::string&>() == "auto");
+  config.dt_rank = automatic ? (config.d + 15) / 16 : json.size("time_step_rank");
+}
+
+// Sizes that are fine one by one may still multiply to what no machine holds.
+void check_product(const Config& config, const std::string& where) {
+  const __int128 d = config.d, e = config.e, n = config.n, r = config.dt_rank, v = config.vocab,
+                 w = config.w;
+  const __int128 layer = 3 * e * d + e * (w + r + n + 3) + (r + 2 * n) * e + 2 * e + 2 * d;
+  const __int128 total = layer * static_cast<__int128>(config.layers.size()) + 2 * v * d + d;
+  check(total <= kMaxParameters,
+        "{}: vocab_size {}, hidden_size {}, intermediate_size {}, state_size {}, time_step_rank "
+        "{}, conv_kernel {} and "
+        "num_hidden_layers {} make {:.2g} parameters, expected at most {:.2g}",
+        where, config.vocab, config.d, config.e, config.n, config.dt_rank, config.w,
+        config.layers.size(), static_cast<double>(total), static_cast<double>(kMaxParameters));
+}
+
+void parse_coil(const Json& value, const std::string& where, Config& config) {
+  static const std::set<std::string_view> known = {"objective", "pooling", "alphabet", "unknown"};
+  check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
+  for (const auto& item : value.items())
+    check(known.contains(item.key()),
+          "{}: coil.{}: expected one of objective, pooling, alphabet, unknown; the model needs a "
+          "newer Coil",
+          where, describe(Json(item.key())));
+  const Reader json(value, where, "coil.");
+  config.objective = json.one_of_or("objective", "lm", {"lm", "classify"}) == "classify"
+                         ? Objective::classify
+                         : Objective::lm;
+  config.pooling =
+      json.one_of_or("pooling", "mean", {"mean", "last"}) == "last" ? Pooling::last : Pooling::mean;
+  config.alphabet = json.one_of_or("alphabet", "", {"dna", ""});
+  const Json* unknown = json.find("unknown");
+  if (!unknown) return;
+  if (!unknown->is_array())
+    json.refuse("unknown", "a list of {\"length\", \"probability\"}", *unknown);
+  for (size_t i = 0; i < unknown->size(); ++i) {
+    const Json& entry = (*unknown)[i];
+    const std::string name = fmt::format("coil.unknown[{}]", i);
+    check(entry.is_object(), "{}: {}: expected an object, found {}", where, name, describe(entry));
+    const Reader row(entry, where, name + ".");
+    const int64_t length = row.size("length", 0, int64_t{1} << 62);
+    const Json& probability = row.need("probability");
+    const double p = probability.is_number() ? probability.get<double>() : -1;
+    if (!(p >= 0 && p <= 1)) row.refuse("probability", "a number from 0 to 1", probability);
+    if (!config.unknown.empty() && length <= config.unknown.back().length)
+      row.refuse("length", fmt::format("more than the {} before it", config.unknown.back().length),
+                 entry["length"]);
+    config.unknown.push_back({length, p});
+  }
+}
+
+// Labels stand in tables: no tabs, no control characters, no empty or double names.
+void check_label(const std::string& label, const std::set<std::string>& before,
+                 const std::string& where, size_t line) {
+  check(!label.empty(), "{}: line {}: expected a class name, found an empty line", where, line);
+  for (unsigned char c : label)
+    check(c >= 0x20 && c != 0x7f,
+          "{}: line {}: expected a class name, found the control character {}", where, line,
+          static_cast<int>(c));
+  check(!before.contains(label), "{}: line {}: the class {} stands twice", where, line, label);
+}
+
+std::vector<std::string> parse_labels(const std::string& text, const std::string& where) {
+  std::vector<std::string> labels;
+  std::set<std::string> seen;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.empty() && line.back() == '\r') line.pop_back();
+    check_label(line, seen, where, labels.size() + 1);
+    seen.insert(line);
+    labels.push_back(std::move(line));
+  }
+  check(!labels.empty(), "{}: expected a class name per line, found none", where);
+  return labels;
+}
+
+}  // namespace
+
+Config parse_config(const std::string& text, const std::string& where) {
+  Json root;
+  try {
+    root = Json::parse(text);
+  } catch (const Json::parse_error& error) {
+    fail("{}: expected JSON, found something else at byte {}", where, error.byte);
+  } catch (const Json::exception&) {
+    fail("{}: expected JSON, found a number that does not fit", where);
+  }
+  check(root.is_object(), "{}: expected a JSON object, found {}", where, describe(root));
+  const Reader json(root, where);
+
+  Config config;
+  config.model_type = json.one_of("model_type", {"mamba", "falcon_mamba"});
+  config.mixer_norms = config.model_type == "falcon_mamba";
+  parse_sizes(json, config);
+  check_product(config, where);
+  config.eps = static_cast<float>(json.positive_or("layer_norm_epsilon", 1e-5));
+  config.mixer_eps = static_cast<float>(json.positive_or("mixer_rms_eps", 1e-6));
+  config.bias = json.flag_or("use_bias", false);
+  config.conv_bias = json.flag_or("use_conv_bias", true);
+  config.tie = json.flag_or("tie_word_embeddings", true);
+  config.dt_min = static_cast<float>(json.positive_or("time_step_min", 1e-3));
+  config.dt_max = static_cast<float>(json.positive_or("time_step_max", 0.1));
+  config.dt_floor = static_cast<float>(json.positive_or("time_step_floor", 1e-4));
+  if (config.dt_min > config.dt_max)
+    json.refuse("time_step_min", fmt::format("at most time_step_max, {}", config.dt_max),
+                json.need("time_step_min"));
+
+  // What would change the mathematics. (residual_in_fp32 does not: Coil's residual stream is always
+  // f32.)
+  json.one_of_or("hidden_act", "silu", {"silu", "swish"});
+  if (const Json* quantized = json.find("quantization_config"))
+    json.refuse("quantization_config", "none: quantized weights are not supported", *quantized);
+
+  if (const Json* coil = json.find("coil")) parse_coil(*coil, where, config);
+  return config;
+}
+
+std::string to_json(const Config& config) {
+  const bool lm = config.objective == Objective::lm;
+  const bool falcon = config.model_type == "falcon_mamba";
+  // Floats through their shortest decimal form: 1e-05, not 9.999999747378752e-06.
+  auto number = [](float value) { return std::stod(fmt::format("{}", value)); };
+  OrderedJson json;
+  json["architectures"] = {std::string(falcon ? "FalconMamba" : "Mamba") +
+                           (lm ? "ForCausalLM" : "Model")};
+  json["model_type"] = config.model_type;
+  json["vocab_size"] = config.vocab;
+  json["hidden_size"] = config.d;
+  json["intermediate_size"] = config.e;
+  if (config.e % config.d == 0) json["expand"] = config.e / config.d;
+  json["state_size"] = config.n;
+  json["conv_kernel"] = config.w;
+  json["time_step_rank"] = config.dt_rank;
+  json["num_hidden_layers"] = config.layers.size();
+  json["layer_norm_epsilon"] = number(config.eps);
+  if (falcon) json["mixer_rms_eps"] = number(config.mixer_eps);
+  json["use_bias"] = config.bias;
+  json["use_conv_bias"] = config.conv_bias;
+  json["tie_word_embeddings"] = config.tie;
+  json["hidden_act"] = "silu";
+  json["residual_in_fp32"] = true;
+  json["time_step_min"] = number(config.dt_min);
+  json["time_step_max"] = number(config.dt_max);
+  json["time_step_floor"] = number(config.dt_floor);
+  json["bos_token_id"] = 0;
+  json["eos_token_id"] = 0;
+  json["pad_token_id"] = 0;
+  json["dtype"] = "float32";
+  OrderedJson coil;
+  coil["objective"] = lm ? "lm" : "classify";
+  if (!lm) coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";
+  if (!config.alphabet.empty()) coil["alphabet"] = config.alphabet;
+  for (const Config::Threshold& threshold : config.unknown)
+    coil["unknown"].push_back(
+        {{"length", threshold.length}, {"probability", threshold.probability}});
+  json["coil"] = coil;
+  return json.dump(2) + "\n";
+}
+
+Config read_config(const std::string& folder) {
+  const std::string path = folder + "/config.json";
+  Config config = parse_config(read_file(path, kMaxBytes), path);
+  const std::string labels = folder + "/labels.txt";
+  if (config.objective == Objective::classify)
+    config.labels = parse_labels(read_file(labels, kMaxBytes), labels);
+  return config;
+}
+
+void write_config(const Config& config, const std::string& folder) {
+  const std::string labels = folder + "/labels.txt";
+  if (config.objective == Objective::classify) {
+    std::string text;
+    std::set<std::string> seen;
+    for (const std::string& label : config.labels) {
+      check_label(label, seen, labels, seen.size() + 1);
+      seen.insert(label);
+      text += label + "\n";
+    }
+    write_file_atomically(labels, text);
+  }
+  write_file_atomically(folder + "/config.json", to_json(config));
+}
+
+}  // namespace coil

@@ -1,5 +1,6 @@
-// config.json: what the network is. The names and defaults are Hugging Face's for model_type "mamba" and
-// "falcon_mamba"; what Coil adds stands under the key "coil", which transformers ignores.
+// config.json: what the network is. The names and defaults are Hugging Face's for model_type
+// "mamba" and "falcon_mamba"; what Coil adds stands under the key "coil", which transformers
+// ignores.
 #pragma once
 
 #include <cstdint>
@@ -19,27 +20,28 @@ enum class Objective : uint8_t { lm, classify };
 
 struct Config {
   std::string model_type = "mamba";
-  int64_t vocab = 16;       // vocab_size
-  int64_t d = 128;          // hidden_size
-  int64_t e = 256;          // intermediate_size
-  int64_t n = 16;           // state_size
-  int64_t w = 4;            // conv_kernel
-  int64_t dt_rank = 8;      // time_step_rank
-  float eps = 1e-5f;        // layer_norm_epsilon
-  bool bias = false;        // use_bias: of in_proj and out_proj
-  bool conv_bias = true;    // use_conv_bias
-  bool tie = true;          // tie_word_embeddings
-  bool mixer_norms = false; // falcon_mamba: weightless RMS norms on dt, B and C
-  float mixer_eps = 1e-6f;  // mixer_rms_eps
+  int64_t vocab = 16;        // vocab_size
+  int64_t d = 128;           // hidden_size
+  int64_t e = 256;           // intermediate_size
+  int64_t n = 16;            // state_size
+  int64_t w = 4;             // conv_kernel
+  int64_t dt_rank = 8;       // time_step_rank
+  float eps = 1e-5f;         // layer_norm_epsilon
+  bool bias = false;         // use_bias: of in_proj and out_proj
+  bool conv_bias = true;     // use_conv_bias
+  bool tie = true;           // tie_word_embeddings
+  bool mixer_norms = false;  // falcon_mamba: weightless RMS norms on dt, B and C
+  float mixer_eps = 1e-6f;   // mixer_rms_eps
   float dt_min = 1e-3f, dt_max = 0.1f, dt_floor = 1e-4f;  // time_step_*: initialisation only
   std::vector<LayerConfig> layers = std::vector<LayerConfig>(4);
 
   // Under "coil".
   Objective objective = Objective::lm;
-  Pooling pooling = Pooling::mean;   // classify
-  std::vector<std::string> labels;   // classify; kept in labels.txt, a line per class
-  std::string alphabet;              // "dna", or "" (a model from elsewhere)
-  // Thresholds of "unknown" by record length, ascending: below `probability` the answer is "unknown".
+  Pooling pooling = Pooling::mean;  // classify
+  std::vector<std::string> labels;  // classify; kept in labels.txt, a line per class
+  std::string alphabet;             // "dna", or "" (a model from elsewhere)
+  // Thresholds of "unknown" by record length, ascending: below `probability` the answer is
+  // "unknown".
   struct Threshold {
     int64_t length;
     double probability;
@@ -47,10 +49,11 @@ struct Config {
   std::vector<Threshold> unknown;
 };
 
-// Throws coil::Error naming the file, the key, what was expected and what was found. `text` is config.json.
+// Throws coil::Error naming the file, the key, what was expected and what was found. `text` is
+// config.json.
 Config parse_config(const std::string& text, const std::string& where);
-std::string to_json(const Config& config);       // what parse_config and transformers read
-Config read_config(const std::string& folder);   // config.json and labels.txt of a model folder
+std::string to_json(const Config& config);      // what parse_config and transformers read
+Config read_config(const std::string& folder);  // config.json and labels.txt of a model folder
 void write_config(const Config& config, const std::string& folder);
 
 }  // namespace coil

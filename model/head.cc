@@ -1,0 +1,175 @@
+// Embedding in front of the backbone, a head behind it: logits of the next token (tied to the
+// embedding or not) or of the classes (pooled over the sequence). The loss of a batch and its
+// gradient.
+#include "model/head.h"
+
+#include <utility>
+
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+// dlogits → dhidden for logits = hidden W^T, and dW += dlogits^T hidden.
+void linear_backward(Backend& backend, const View& dlogits, const View& hidden,
+                     const Tensor& weight, const Tensor& dweight, const Tensor& dhidden) {
+  backend.run(Gemm{.a = dlogits, .b = hidden, .c = dweight, .ta = true, .beta = 1});
+  backend.run(Gemm{.a = dlogits, .b = weight, .c = dhidden});
+}
+
+}  // namespace
+
+std::vector<Param> declare(Model& model) {
+  const Config& config = model.config;
+  std::vector<Param> params;
+  auto add = [&](Tensor& tensor, const char* name, std::vector<int64_t> shape, Init init,
+                 bool matrix) {
+    const bool decay = shape.size() > 1;
+    params.push_back({.info = {.name = name,
+                               .shape = std::move(shape),
+                               .init = init,
+                               .decay = decay,
+                               .matrix = matrix},
+                      .tensor = &tensor});
+  };
+  add(model.embedding, "backbone.embeddings.weight", {config.vocab, config.d}, Init::embedding,
+      true);
+  std::vector<Param> stack = declare(config, model.backbone, "backbone.");
+  params.insert(params.end(), stack.begin(), stack.end());
+  if (config.objective == Objective::classify) {
+    const int64_t classes = static_cast<int64_t>(config.labels.size());
+    add(model.score, "score.weight", {classes, config.d}, Init::linear, false);
+    add(model.score_bias, "score.bias", {classes}, Init::zeros, false);
+  } else if (!config.tie) {
+    add(model.lm_head, "lm_head.weight", {config.vocab, config.d}, Init::linear, true);
+  }
+  return params;
+}
+
+Model make_model(Backend& backend, const Config& config, uint64_t seed) {
+  Model model;
+  model.config = config;
+  for (const Param& param : declare(model)) {
+    allocate(backend, param);
+    std::vector<float> values = initial_values(param.info, config, seed);
+    View from = param.tensor->view();
+    from.data = values.data();
+    from.device = Device{};
+    backend.copy(from, *param.tensor);
+    backend.sync();
+  }
+  return model;
+}
+
+Model zeros_like(Backend& backend, const Model& model) {
+  Model zeros;
+  zeros.config = model.config;
+  for (const Param& param : declare(zeros)) {
+    allocate(backend, param);
+    backend.fill(*param.tensor, 0);
+  }
+  return zeros;
+}
+
+int64_t parameters(const Config& config) {
+  Model model;
+  model.config = config;
+  int64_t total = 0;
+  for (const Param& param : declare(model)) {
+    int64_t count = 1;
+    for (int64_t size : param.info.shape) count *= size;
+    total += count;
+  }
+  return total;
+}
+
+Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
+              Saved* saved) {
+  Tensor x(backend, DType::f32, {rows.total(), model.config.d});
+  backend.run(Embed{.ids = ids, .table = model.embedding, .y = x});
+  return model.backbone.forward(backend, model.config, std::move(x), rows, state, saved);
+}
+
+Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
+  Tensor logits(backend, DType::f32, {hidden.rows(), model.config.vocab});
+  backend.run(Gemm{.a = hidden, .b = model.output(), .c = logits, .tb = true});
+  return logits;
+}
+
+Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
+                    State* state, Tensor* pooled) {
+  const int64_t m = rows.finished();
+  Tensor features(backend, DType::f32, {m, model.config.d});
+  backend.run(Pool{.x = hidden,
+                   .y = features,
+                   .state = state ? state->pool.view() : View{},
+                   .rows = &rows,
+                   .pooling = model.config.pooling});
+  Tensor logits(backend, DType::f32, {m, static_cast<int64_t>(model.config.labels.size())});
+  if (m > 0)
+    backend.run(
+        Gemm{.a = features, .b = model.score, .c = logits, .bias = model.score_bias, .tb = true});
+  if (pooled) *pooled = std::move(features);
+  return logits;
+}
+
+BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                     View class_weights, Model* grad, Tensor* logits_out, double scale) {
+  const bool lm = model.config.objective == Objective::lm;
+  COIL_ASSERT(targets.device.kind ==
+              Device::Kind::cpu);  // the mean needs the number of counted targets first
+  BatchLoss result;
+  for (int64_t i = 0; i < targets.rows(); ++i) {
+    const int32_t target = *targets.row<int32_t>(i);
+    if (target < 0) continue;
+    const bool weighted =
+        class_weights && target < class_weights.rows();  // a target too high: the op refuses it
+    result.weight += weighted ? *class_weights.row<float>(target) : 1.0;
+  }
+  if (!(result.weight > 0)) grad = nullptr;
+
+  Saved saved;
+  Tensor h = hidden(backend, model, ids, rows, nullptr, grad ? &saved : nullptr);  // (t, d)
+  Tensor pooled;                                                                   // (m, d)
+  Tensor logits = lm ? lm_logits(backend, model, h)  // (t, v) or (m, classes)
+                     : class_logits(backend, model, h, rows, nullptr, grad ? &pooled : nullptr);
+  if (!lm) h = Tensor();
+
+  Tensor loss(backend, DType::f32, {logits.view().rows()});
+  Tensor dlogits;  // in place unless the caller wants the logits
+  if (grad && logits_out)
+    dlogits = Tensor(backend, DType::f32, {logits.view().rows(), logits.view().cols()});
+  backend.run(CrossEntropy{.logits = logits,
+                           .targets = targets,
+                           .loss = loss,
+                           .dlogits = !grad ? View{} : (logits_out ? dlogits : logits).view(),
+                           .class_weights = class_weights,
+                           .scale = grad ? static_cast<float>(scale / result.weight) : 1.0f});
+  backend.sync();
+  for (float value : loss.span<float>()) result.sum += value;
+  if (logits_out)
+    *logits_out = std::move(logits);
+  else
+    dlogits = std::move(logits);
+  if (!grad) return result;
+
+  Tensor dh(backend, DType::f32, {rows.total(), model.config.d});
+  if (lm) {
+    Tensor& dweight = model.config.tie ? grad->embedding : grad->lm_head;
+    linear_backward(backend, dlogits, h, model.output(), dweight, dh);
+    h = Tensor();
+  } else {
+    Tensor dpooled(backend, DType::f32, {rows.finished(), model.config.d});
+    linear_backward(backend, dlogits, pooled, model.score, grad->score, dpooled);
+    backend.run(SumRows{.x = dlogits, .out = grad->score_bias});
+    backend.run(
+        PoolBackward{.dy = dpooled, .dx = dh, .rows = &rows, .pooling = model.config.pooling});
+  }
+  dlogits = Tensor();
+  Tensor dx =
+      model.backbone.backward(backend, model.config, saved, rows, dh, nullptr, grad->backbone);
+  backend.run(EmbedBackward{.ids = ids, .dy = dx, .dtable = grad->embedding});
+  return result;
+}
+
+}  // namespace coil

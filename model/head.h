@@ -1,4 +1,5 @@
-// A whole model: embedding, backbone, head. Language model (tied or not) or classifier (last or mean pooling).
+// A whole model: embedding, backbone, head. Language model (tied or not) or classifier (last or
+// mean pooling).
 #pragma once
 
 #include "model/backbone.h"
@@ -7,11 +8,11 @@ namespace coil {
 
 struct Model {
   Config config;
-  Tensor embedding;    // (v, d)
+  Tensor embedding;  // (v, d)
   Backbone backbone;
-  Tensor lm_head;      // (v, d); empty where tied or a classifier
-  Tensor score;        // (classes, d); classifier only
-  Tensor score_bias;   // (classes)
+  Tensor lm_head;     // (v, d); empty where tied or a classifier
+  Tensor score;       // (classes, d); classifier only
+  Tensor score_bias;  // (classes)
 
   const Tensor& output() const { return config.tie ? embedding : lm_head; }  // lm only
 };
@@ -24,29 +25,32 @@ Model make_model(Backend& backend, const Config& config, uint64_t seed);  // ini
 Model zeros_like(Backend& backend, const Model& model);                   // gradients, moments; f32
 int64_t parameters(const Config& config);
 
-// A model folder: config.json, model.safetensors (or shards with model.safetensors.index.json), labels.txt.
-// matrices: bf16 keeps matrices in bf16. Checks names, shapes and that every value is finite.
+// A model folder: config.json, model.safetensors (or shards with model.safetensors.index.json),
+// labels.txt. matrices: bf16 keeps matrices in bf16. Checks names, shapes and that every value is
+// finite.
 Model load_model(Backend& backend, const std::string& folder, DType matrices = DType::f32);
-void save_model(Backend& backend, const Model& model, const std::string& folder, int64_t shard_bytes = 0);
-// For `train --from`: every tensor of the same name and shape; a head of another kind or class list starts
-// anew. Returns the names taken.
+void save_model(Backend& backend, const Model& model, const std::string& folder,
+                int64_t shard_bytes = 0);
+// For `train --from`: every tensor of the same name and shape; a head of another kind or class list
+// starts anew. Returns the names taken.
 std::vector<std::string> load_matching(Backend& backend, Model& model, const std::string& folder);
 
 // ids (t) i32 → hidden (t,d) after the final norm.
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved = nullptr);
-Tensor lm_logits(Backend& backend, const Model& model, View hidden);                        // (t, v)
+Tensor lm_logits(Backend& backend, const Model& model, View hidden);  // (t, v)
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
-                    State* state, Tensor* pooled = nullptr);                                // (m, classes)
+                    State* state, Tensor* pooled = nullptr);  // (m, classes)
 
-// One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or per
-// sequence (classify). Adds gradients of the mean loss (over counted targets, times `scale`) to grad; grad
-// null: loss only. logits, if given, receives the (m, classes or t, v) logits.
+// One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
+// per sequence (classify), in host memory. Adds gradients of `scale` times the mean loss (sum /
+// weight) to grad; grad null: loss only. logits, if given, receives the (m, classes or t, v)
+// logits.
 struct BatchLoss {
-  double sum = 0;      // nats
-  double weight = 0;   // counted targets (sum of class weights)
+  double sum = 0;     // nats
+  double weight = 0;  // counted targets (sum of class weights)
 };
-BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows,
-                     View targets, View class_weights, Model* grad, Tensor* logits = nullptr);
+BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                     View class_weights, Model* grad, Tensor* logits = nullptr, double scale = 1);
 
 }  // namespace coil

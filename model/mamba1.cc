@@ -1,0 +1,229 @@
+// Mamba's first mixer (Gu and Dao 2023, figure 3): forward, and under it backward, read bottom-up
+// with the same names under a `d` prefix. falcon_mamba adds RMS norms without weights on dt, B and
+// C before dt_proj. Nothing is copied: x|z and dt|B|C are column views of one product each.
+#include "model/mamba1.h"
+
+#include <utility>
+
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+// dt | B | C of a (t, r + 2n) product.
+struct Parts {
+  View dt, B, C;
+};
+Parts split(const View& dbc, const Config& config) {
+  return {dbc.columns(0, config.dt_rank), dbc.columns(config.dt_rank, config.n),
+          dbc.columns(config.dt_rank + config.n, config.n)};
+}
+
+View conv_taps(const Tensor& weight) {  // (e, 1, w) as Hugging Face stores it → (e, w)
+  return weight.view().reshape({weight.view().size[0], weight.view().size[2]});
+}
+
+View view_or_none(const Tensor& tensor) { return tensor ? tensor.view() : View{}; }
+
+}  // namespace
+
+std::vector<Param> declare(const Config& config, Mamba1Weights& weights,
+                           const std::string& prefix) {
+  const int64_t d = config.d, e = config.e, n = config.n, r = config.dt_rank;
+  std::vector<Param> params;
+  auto add = [&](Tensor& tensor, const char* name, std::vector<int64_t> shape, Init init,
+                 bool matrix = false) {
+    params.push_back(
+        {.info = {.name = prefix + name,
+                  .shape = std::move(shape),
+                  .init = init,
+                  .decay = matrix,  // here the tensors that decay are those that may be bf16
+                  .matrix = matrix},
+         .tensor = &tensor});
+  };
+  add(weights.A_log, "A_log", {e, n}, Init::A_log);
+  add(weights.D, "D", {e}, Init::ones);
+  add(weights.in_proj, "in_proj.weight", {2 * e, d}, Init::linear, true);
+  if (config.bias) add(weights.in_proj_bias, "in_proj.bias", {2 * e}, Init::zeros);
+  add(weights.conv_weight, "conv1d.weight", {e, 1, config.w}, Init::linear);
+  if (config.conv_bias) add(weights.conv_bias, "conv1d.bias", {e}, Init::zeros);
+  add(weights.x_proj, "x_proj.weight", {r + 2 * n, e}, Init::linear, true);
+  add(weights.dt_proj, "dt_proj.weight", {e, r}, Init::dt_weight, true);
+  add(weights.dt_bias, "dt_proj.bias", {e}, Init::dt_bias);
+  add(weights.out_proj, "out_proj.weight", {d, e}, Init::residual_out, true);
+  if (config.bias) add(weights.out_proj_bias, "out_proj.bias", {d}, Init::zeros);
+  return params;
+}
+
+Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
+               const Rows& rows, Mamba1State* state, Mamba1Saved* saved) {
+  const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
+
+  Tensor xz(backend, DType::f32, {t, 2 * e});
+  backend.run(Gemm{.a = u,
+                   .b = weights.in_proj,
+                   .c = xz,
+                   .bias = view_or_none(weights.in_proj_bias),
+                   .tb = true});
+  if (saved) saved->u = std::move(u);
+  u = Tensor();
+  const View x = xz.view().columns(0, e), z = xz.view().columns(e, e);
+
+  Tensor conv(backend, DType::f32, {t, e});
+  backend.run(Conv1d{.x = x,
+                     .weight = conv_taps(weights.conv_weight),
+                     .y = conv,
+                     .bias = view_or_none(weights.conv_bias),
+                     .state = state ? state->conv.view() : View{},
+                     .rows = &rows});
+
+  Tensor dbc(backend, DType::f32, {t, r + 2 * n});
+  backend.run(Gemm{.a = conv, .b = weights.x_proj, .c = dbc, .tb = true});
+  if (config.mixer_norms) {
+    // Backward needs the values before the norm as well; inference normalises in place.
+    Tensor normed, rstd;
+    if (saved) {
+      normed = Tensor(backend, DType::f32, {t, r + 2 * n});
+      rstd = Tensor(backend, DType::f32, {3, t});
+    }
+    const Parts raw = split(dbc, config), out = split(saved ? normed.view() : dbc.view(), config);
+    const View from[] = {raw.dt, raw.B, raw.C}, to[] = {out.dt, out.B, out.C};
+    for (int i = 0; i < 3; ++i)
+      backend.run(Norm{.x = from[i],
+                       .y = to[i],
+                       .rstd = saved ? rstd.view().slice(i, 1).reshape({t}) : View{},
+                       .eps = config.mixer_eps});
+    if (saved) {
+      saved->dbc = std::move(dbc);
+      saved->norm_rstd = std::move(rstd);
+      dbc = std::move(normed);
+    }
+  }
+  const Parts parts = split(dbc, config);
+
+  Tensor dt(backend, DType::f32, {t, e});
+  backend.run(Gemm{.a = parts.dt, .b = weights.dt_proj, .c = dt, .tb = true});
+
+  Tensor kept_y;  // (t, e) in training; otherwise y takes the place of dt
+  if (saved) {
+    saved->checkpoints = Tensor(backend, DType::f32, {scan_checkpoints(rows), e, n});
+    kept_y = Tensor(backend, DType::f32, {t, e});
+  }
+  const View y = saved ? kept_y.view() : dt.view();
+  backend.run(SelectiveScan{.x = conv,
+                            .dt = dt,
+                            .A_log = weights.A_log,
+                            .B = parts.B,
+                            .C = parts.C,
+                            .D = weights.D,
+                            .dt_bias = weights.dt_bias,
+                            .y = y,
+                            .z = z,
+                            .state = state ? state->ssm.view() : View{},
+                            .checkpoints = saved ? saved->checkpoints.view() : View{},
+                            .rows = &rows});
+  if (saved) {
+    saved->xz = std::move(xz);
+    saved->conv = std::move(conv);
+    (config.mixer_norms ? saved->dbc_normed : saved->dbc) = std::move(dbc);
+    saved->dt = std::move(dt);
+    saved->y = std::move(kept_y);
+  } else {
+    xz = Tensor();
+    conv = Tensor();
+    dbc = Tensor();
+  }
+
+  Tensor out(backend, DType::f32, {t, config.d});
+  backend.run(Gemm{.a = y,
+                   .b = weights.out_proj,
+                   .c = out,
+                   .bias = view_or_none(weights.out_proj_bias),
+                   .tb = true});
+  return out;
+}
+
+Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
+                const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
+                Mamba1State* dstate, Mamba1Weights& grad) {
+  const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
+  // dW += dout^T in, for out = in W^T.
+  auto add_weight_gradient = [&](const View& dout, const View& in, const Tensor& dweight) {
+    backend.run(Gemm{.a = dout, .b = in, .c = dweight, .ta = true, .beta = 1});
+  };
+  auto add_bias_gradient = [&](const View& dout, const Tensor& dbias) {
+    if (dbias) backend.run(SumRows{.x = dout, .out = dbias});
+  };
+
+  add_weight_gradient(dy, saved.y, grad.out_proj);
+  add_bias_gradient(dy, grad.out_proj_bias);
+  Tensor dgated(backend, DType::f32, {t, e});
+  backend.run(Gemm{.a = dy, .b = weights.out_proj, .c = dgated});
+
+  Tensor dxz(backend, DType::f32, {t, 2 * e});
+  Tensor dconv(backend, DType::f32, {t, e});
+  Tensor ddt(backend, DType::f32, {t, e});
+  Tensor ddbc(backend, DType::f32, {t, r + 2 * n});
+  const Parts parts = split(config.mixer_norms ? saved.dbc_normed : saved.dbc, config);
+  const Parts dparts = split(ddbc, config);
+  backend.run(SelectiveScanBackward{.x = saved.conv,
+                                    .dt = saved.dt,
+                                    .A_log = weights.A_log,
+                                    .B = parts.B,
+                                    .C = parts.C,
+                                    .D = weights.D,
+                                    .dt_bias = weights.dt_bias,
+                                    .dy = dgated,
+                                    .z = saved.xz.view().columns(e, e),
+                                    .checkpoints = saved.checkpoints,
+                                    .dx = dconv,
+                                    .ddt = ddt,
+                                    .dB = dparts.B,
+                                    .dC = dparts.C,
+                                    .dz = dxz.view().columns(e, e),
+                                    .dA_log = grad.A_log,
+                                    .dD = grad.D,
+                                    .ddt_bias = grad.dt_bias,
+                                    .dstate = dstate ? dstate->ssm.view() : View{},
+                                    .rows = &rows});
+  dgated = Tensor();
+
+  add_weight_gradient(ddt, parts.dt, grad.dt_proj);
+  backend.run(Gemm{.a = ddt, .b = weights.dt_proj, .c = dparts.dt});
+  ddt = Tensor();
+
+  if (config.mixer_norms) {
+    const Parts raw = split(saved.dbc, config);
+    const View from[] = {raw.dt, raw.B, raw.C}, to[] = {dparts.dt, dparts.B, dparts.C};
+    for (int i = 0; i < 3; ++i)
+      backend.run(NormBackward{.x = from[i],
+                               .rstd = saved.norm_rstd.view().slice(i, 1).reshape({t}),
+                               .dy = to[i],
+                               .dx = to[i],
+                               .eps = config.mixer_eps});
+  }
+
+  add_weight_gradient(ddbc, saved.conv, grad.x_proj);
+  backend.run(Gemm{.a = ddbc, .b = weights.x_proj, .c = dconv, .beta = 1});
+  ddbc = Tensor();
+
+  backend.run(Conv1dBackward{.x = saved.xz.view().columns(0, e),
+                             .weight = conv_taps(weights.conv_weight),
+                             .dy = dconv,
+                             .bias = view_or_none(weights.conv_bias),
+                             .state = initial ? initial->conv.view() : View{},
+                             .dx = dxz.view().columns(0, e),
+                             .dweight = conv_taps(grad.conv_weight),
+                             .dbias = view_or_none(grad.conv_bias),
+                             .dstate = dstate ? dstate->conv.view() : View{},
+                             .rows = &rows});
+  dconv = Tensor();
+
+  add_weight_gradient(dxz, saved.u, grad.in_proj);
+  add_bias_gradient(dxz, grad.in_proj_bias);
+  Tensor du(backend, DType::f32, {t, config.d});
+  backend.run(Gemm{.a = dxz, .b = weights.in_proj, .c = du});
+  return du;
+}
+
+}  // namespace coil

@@ -1,6 +1,7 @@
-// Mamba's first mixer (Gu and Dao 2023). A mixer is a file, not a class: weights, forward, backward.
-//   x|z = in_proj(u);  x = silu(conv1d(x));  dt|B|C = x_proj(x);  y = scan(x, dt_proj(dt), A, B, C, D, z)
-//   out = out_proj(y).   Tensor names: Hugging Face's and state-spaces/mamba's.
+// Mamba's first mixer (Gu and Dao 2023). A mixer is a file, not a class: weights, forward,
+// backward.
+//   x|z = in_proj(u);  x = silu(conv1d(x));  dt|B|C = x_proj(x);  y = scan(x, dt_proj(dt), A, B, C,
+//   D, z) out = out_proj(y).   Tensor names: Hugging Face's and state-spaces/mamba's.
 #pragma once
 
 #include "kernels/ops.h"
@@ -28,14 +29,14 @@ struct Mamba1State {
   Tensor ssm;   // (s, e, n) f32
 };
 
-struct Mamba1Saved {   // what backward needs; activations of one layer
-  Tensor u;            // (t, d) input of in_proj
-  Tensor xz;           // (t, 2e)
-  Tensor conv;         // (t, e) after SiLU
-  Tensor dbc;          // (t, r + 2n)
-  Tensor dt;           // (t, e) before bias and softplus
-  Tensor checkpoints;  // (scan_checkpoints, e, n)
-  Tensor y;            // (t, e) scan output after the gate
+struct Mamba1Saved {             // what backward needs; activations of one layer
+  Tensor u;                      // (t, d) input of in_proj
+  Tensor xz;                     // (t, 2e)
+  Tensor conv;                   // (t, e) after SiLU
+  Tensor dbc;                    // (t, r + 2n)
+  Tensor dt;                     // (t, e) before bias and softplus
+  Tensor checkpoints;            // (scan_checkpoints, e, n)
+  Tensor y;                      // (t, e) scan output after the gate
   Tensor dbc_normed, norm_rstd;  // falcon_mamba only: (t, r + 2n), (3, t)
 };
 
@@ -45,8 +46,8 @@ std::vector<Param> declare(const Config& config, Mamba1Weights& weights, const s
 // u (t,d) → (t,d). state: null starts every piece from zero. saved: null for inference.
 Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
                const Rows& rows, Mamba1State* state, Mamba1Saved* saved);
-// dy (t,d) → du (t,d); adds to grad. `initial` is the state forward read (null: zero); dstate: in, of the final
-// state, out, of the initial one (null: neither).
+// dy (t,d) → du (t,d); adds to grad. `initial` is the state forward read (null: zero); dstate: in,
+// of the final state, out, of the initial one (null: neither).
 Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
                 const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
                 Mamba1State* dstate, Mamba1Weights& grad);

@@ -1,0 +1,142 @@
+// Initial values of the parameters and the random numbers they come from.
+//   Initialisation: Gu and Dao 2023, section 3.6, and mamba_ssm's mixer_seq_simple.py, which
+//   Hugging Face's MambaPreTrainedModel repeats. Random numbers: Salmon, Moraes, Dror and Shaw
+//   2011, Philox 4x32-10.
+#include "model/params.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+
+#include "kernels/error.h"
+#include "kernels/ops.h"
+#include "model/config.h"
+
+namespace coil {
+namespace {
+
+// FNV-1a: gives every tensor its own stream.
+uint32_t stream_of(const std::string& name) {
+  uint32_t hash = 2166136261u;
+  for (unsigned char c : name) hash = (hash ^ c) * 16777619u;
+  return hash;
+}
+
+int64_t count_of(const std::vector<int64_t>& shape) {
+  int64_t count = 1;
+  for (int64_t size : shape) count *= size;
+  return count;
+}
+
+// x with softplus(x) = dt.
+double inverse_softplus(double dt) { return dt + std::log(-std::expm1(-dt)); }
+
+}  // namespace
+
+void allocate(Backend& backend, const Param& param, DType dtype) {
+  *param.tensor = Tensor(backend, dtype, std::span<const int64_t>(param.info.shape));
+}
+
+std::vector<float> initial_values(const ParamInfo& info, const Config& config, uint64_t seed) {
+  const int64_t count = count_of(info.shape);
+  std::vector<float> values(static_cast<size_t>(count));
+  Philox random(seed, stream_of(info.name), 0);
+  auto uniform_within = [&](double bound) {
+    for (float& value : values) value = static_cast<float>((2 * random.uniform() - 1) * bound);
+  };
+  const double fan_in =
+      info.shape.empty() || count == 0 ? 1 : static_cast<double>(count / info.shape[0]);
+  switch (info.init) {
+    case Init::zeros:
+      break;
+    case Init::ones:
+      std::fill(values.begin(), values.end(), 1.0f);
+      break;
+    case Init::linear:
+      uniform_within(1 / std::sqrt(fan_in));
+      break;
+    case Init::residual_out:
+      uniform_within(1 / std::sqrt(fan_in * static_cast<double>(config.layers.size())));
+      break;
+    case Init::embedding:
+      for (float& value : values) value = static_cast<float>(0.02 * random.normal());
+      break;
+    case Init::A_log: {
+      const int64_t n = info.shape.back();
+      for (int64_t i = 0; i < count; ++i)
+        values[static_cast<size_t>(i)] =
+            static_cast<float>(std::log(static_cast<double>(i % n + 1)));
+      break;
+    }
+    case Init::dt_weight:
+      uniform_within(1 / std::sqrt(static_cast<double>(config.dt_rank)));
+      break;
+    case Init::dt_bias: {
+      const double low = std::log(static_cast<double>(config.dt_min));
+      const double high = std::log(static_cast<double>(config.dt_max));
+      for (float& value : values) {
+        const double dt = std::exp(low + random.uniform() * (high - low));
+        value = static_cast<float>(
+            inverse_softplus(std::max(dt, static_cast<double>(config.dt_floor))));
+      }
+      break;
+    }
+  }
+  return values;
+}
+
+void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+  uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+  uint32_t k0 = key[0], k1 = key[1];
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * c0;
+    const uint64_t product1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  out[0] = c0;
+  out[1] = c1;
+  out[2] = c2;
+  out[3] = c3;
+}
+
+Philox::Philox(uint64_t seed, uint32_t stream, uint64_t step)
+    : key_{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)},
+      counter_{0, stream, static_cast<uint32_t>(step), static_cast<uint32_t>(step >> 32)},
+      block_{} {}
+
+uint32_t Philox::next() {
+  if (used_ == 4) {
+    philox4x32(counter_, key_, block_);
+    ++counter_[0];
+    used_ = 0;
+  }
+  return block_[used_++];
+}
+
+uint64_t Philox::next64() {
+  const uint64_t high = next();
+  return high << 32 | next();
+}
+
+double Philox::uniform() { return static_cast<double>(next64() >> 11) * 0x1p-53; }
+
+double Philox::normal() {
+  const double radius = std::sqrt(-2 * std::log(1 - uniform()));  // 1 - u is in (0, 1]
+  return radius * std::cos(2 * std::numbers::pi * uniform());
+}
+
+uint64_t Philox::below(uint64_t bound) {
+  COIL_ASSERT(bound > 0);
+  const uint64_t rejected =
+      (0 - bound) % bound;  // 2^64 mod bound: the values that would favour small results
+  uint64_t value = next64();
+  while (value < rejected) value = next64();
+  return value % bound;
+}
+
+}  // namespace coil
