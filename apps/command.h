@@ -1,6 +1,8 @@
-// A command of the one binary: `coil NAME …`. One file per command; apps/main.cc holds the table and the one
-// try/catch. Options are bound to a struct whose initialisers are the defaults (Boost.Program_options), so that
-// --help prints live defaults; every command also takes --config FILE (key = value lines), the command line wins.
+// A command of the one binary: `coil NAME …`. One file per command; apps/main.cc holds the table
+// and the one try/catch. Options are bound to a struct whose initialisers are the defaults
+// (Boost.Program_options), so that
+// --help prints live defaults; every command also takes --config FILE (key = value lines), the
+// command line wins.
 #pragma once
 
 #include <boost/program_options.hpp>
@@ -15,9 +17,11 @@
 namespace coil {
 
 struct Command {
+  const char* group;  // heading in `coil --help`
   const char* name;
-  const char* summary;                    // one line of `coil --help`
-  int (*run)(int argc, char** argv);      // argv[0] is the command's name; returns the exit status
+  const char* summary;                // one line of `coil --help`
+  bool report;                        // ends with time and peak memory on stderr
+  int (*run)(int argc, char** argv);  // argv[0] is the command's name; returns the exit status
 };
 
 int run_bench(int argc, char** argv);
@@ -45,16 +49,23 @@ struct CommonOptions {
 };
 boost::program_options::options_description describe(CommonOptions& options);
 std::unique_ptr<Backend> make_backend(const CommonOptions& options);  // throws on an unknown device
+DType matrix_dtype(const CommonOptions& options);  // of --precision; throws on an unknown one
 
-// Parses, prints help (and returns false) on --help, reads --config, throws UsageError with the command's name
-// on what it does not know. `usage` is the line after "usage: coil "; positional names the bound positionals in
-// order, the last one taking the rest where `rest`.
+// Parses, prints help (and returns false) on --help, reads --config, throws UsageError on what it
+// does not know. `usage` is the line after "usage: coil ". `positional` names the options that may
+// be given without their name, in order, the last one taking the rest where `rest`; --help shows
+// them in capitals, and they can stand in --config. Add describe(CommonOptions&) to `options` for
+// --device, --threads, --seed and --precision; --help and --config come from here.
 bool parse(int argc, char** argv, const std::string& usage, const std::string& text,
            const boost::program_options::options_description& options,
            const std::vector<std::string>& positional, bool rest,
            boost::program_options::variables_map& values);
 
-// Standard output or a file: written through, flushed and checked (full disk, closed pipe) by close().
+// The name most like `word`, or "" where none is close.
+std::string nearest(const std::string& word, const std::vector<std::string>& names);
+
+// Standard output or a file: written through, flushed and checked (full disk, closed pipe) by
+// close().
 class Output {
  public:
   explicit Output(const std::string& path);  // "" or "-": stdout

@@ -1,0 +1,234 @@
+#include "apps/command.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <fstream>
+#include <iostream>
+#include <numeric>
+#include <sstream>
+
+#include "kernels/error.h"
+
+namespace coil {
+
+namespace po = boost::program_options;
+
+std::istream& operator>>(std::istream& in, Size& size) {
+  std::string word;
+  in >> word;
+  double factor = 1;
+  if (!word.empty()) {
+    switch (word.back()) {
+      case 'k':
+      case 'K':
+        factor = 1e3;
+        break;
+      case 'm':
+      case 'M':
+        factor = 1e6;
+        break;
+      case 'g':
+      case 'G':
+        factor = 1e9;
+        break;
+      default:
+        break;
+    }
+    if (factor != 1) word.pop_back();
+  }
+  double number = 0;
+  const auto [end, error] =
+      std::from_chars(word.data(), word.data() + word.size(), number, std::chars_format::fixed);
+  const double value = std::round(number * factor);
+  const bool good = error == std::errc{} && end == word.data() + word.size() && number >= 0 &&
+                    value < 0x1p62 &&
+                    std::abs(value - number * factor) < 1e-6 * std::max(1.0, value);
+  if (good)
+    size.value = static_cast<int64_t>(value);
+  else
+    in.setstate(std::ios::failbit);
+  return in;
+}
+
+std::ostream& operator<<(std::ostream& out, const Size& size) {
+  constexpr std::pair<int64_t, const char*> kUnits[] = {
+      {1'000'000'000, "G"}, {1'000'000, "M"}, {1'000, "k"}};
+  for (const auto& [unit, letter] : kUnits)
+    if (size.value >= unit && size.value % unit == 0) return out << size.value / unit << letter;
+  return out << size.value;
+}
+
+po::options_description describe(CommonOptions& options) {
+  po::options_description text("Common options");
+  text.add_options()("device", po::value(&options.device)->default_value(options.device),
+                     "auto | cpu")("threads",
+                                   po::value(&options.threads)->default_value(options.threads),
+                                   "CPU threads; 0: all")(
+      "seed", po::value(&options.seed)->default_value(options.seed), "of every random number")(
+      "precision", po::value(&options.precision)->default_value(options.precision),
+      "f32 | bf16: how matrices are kept and multiplied");
+  return text;
+}
+
+std::unique_ptr<Backend> make_backend(const CommonOptions& options) {
+  if (options.device.starts_with("cuda"))
+    throw Error(fmt::format("--device {}: this build runs on the CPU only", options.device),
+                "use --device cpu");
+  if (options.device != "auto" && options.device != "cpu")
+    throw UsageError(fmt::format("--device: expected auto or cpu, found '{}'", options.device));
+  if (options.threads < 0 || options.threads > 4096)
+    throw UsageError(fmt::format("--threads: expected 0 to 4096, found {}", options.threads));
+  return make_cpu_backend(options.threads);
+}
+
+DType matrix_dtype(const CommonOptions& options) {
+  if (options.precision == "f32") return DType::f32;
+  if (options.precision == "bf16") return DType::bf16;
+  throw UsageError(fmt::format("--precision: expected f32 or bf16, found '{}'", options.precision));
+}
+
+std::string nearest(const std::string& word, const std::vector<std::string>& names) {
+  std::string best;
+  size_t best_distance = 3;  // two typing errors at most
+  for (const std::string& name : names) {
+    if (!word.empty() && name.starts_with(word)) return name;
+    std::vector<size_t> row(name.size() + 1);  // Levenshtein, one row
+    std::iota(row.begin(), row.end(), size_t{0});
+    for (size_t i = 0; i < word.size(); ++i) {
+      size_t diagonal = row[0];
+      row[0] = i + 1;
+      for (size_t j = 0; j < name.size(); ++j) {
+        const size_t replaced = diagonal + (word[i] != name[j]);
+        diagonal = row[j + 1];
+        row[j + 1] = std::min({replaced, row[j] + 1, row[j + 1] + 1});
+      }
+    }
+    if (row.back() < best_distance && row.back() < name.size()) {
+      best_distance = row.back();
+      best = name;
+    }
+  }
+  return best;
+}
+
+namespace {
+
+// Boost lists positionals as options: "  --model arg" becomes "  MODEL      ".
+std::string help_text(const po::options_description& options,
+                      const std::vector<std::string>& positional) {
+  std::stringstream printed;
+  printed << options;
+  std::string text, line;
+  while (std::getline(printed, line)) {
+    for (const std::string& name : positional) {
+      const size_t begin = line.find("--" + name + " arg");
+      if (begin == std::string::npos || line.find_first_not_of(' ') > begin) continue;
+      std::string capitals = name;
+      std::transform(name.begin(), name.end(), capitals.begin(),
+                     [](unsigned char c) { return std::toupper(c); });
+      line.replace(begin, name.size() + 6, capitals + std::string(6, ' '));
+    }
+    text += line + "\n";
+  }
+  return text.substr(std::min(text.size(), text.find_first_not_of('\n')));
+}
+
+std::string explain(const po::error& error, const po::options_description& options) {
+  const auto* unknown = dynamic_cast<const po::unknown_option*>(&error);
+  if (!unknown) return error.what();
+  std::string name = unknown->get_option_name();
+  name.erase(0, name.find_first_not_of('-'));
+  std::vector<std::string> names;
+  for (const auto& option : options.options()) names.push_back(option->long_name());
+  const std::string likely = nearest(name, names);
+  return fmt::format("unknown option '{}'{}", unknown->get_option_name(),
+                     likely.empty() ? "" : fmt::format("; did you mean --{}?", likely));
+}
+
+}  // namespace
+
+bool parse(int argc, char** argv, const std::string& usage, const std::string& text,
+           const po::options_description& options, const std::vector<std::string>& positional,
+           bool rest, po::variables_map& values) {
+  std::string config;
+  po::options_description general("Help"), all;
+  general.add_options()("help,h", "print this and exit")(
+      "config", po::value(&config),
+      "read options from a file of 'name = value' lines; the command line wins");
+  all.add(options).add(general);
+  po::positional_options_description places;
+  for (size_t i = 0; i < positional.size(); ++i)
+    places.add(positional[i].c_str(), rest && i + 1 == positional.size() ? -1 : 1);
+
+  const std::string usage_line = fmt::format("usage: coil {}", usage);
+  try {
+    // Whole names only: a prefix that is unique today may not be tomorrow.
+    constexpr int kStyle =
+        po::command_line_style::default_style & ~po::command_line_style::allow_guessing;
+    po::store(
+        po::command_line_parser(argc, argv).options(all).positional(places).style(kStyle).run(),
+        values);
+  } catch (const po::error& error) {
+    if (dynamic_cast<const po::too_many_positional_options_error*>(&error))
+      throw UsageError("too many arguments", usage_line);
+    throw UsageError(explain(error, all), usage_line);
+  }
+  if (values.count("help")) {
+    Output out("");
+    out.write(fmt::format("{}\n\n{}\n\n{}", usage_line, text, help_text(all, positional)));
+    out.close();
+    return false;
+  }
+  if (values.count("config")) {
+    const std::string path = values["config"].as<std::string>();
+    std::ifstream file(path);
+    check(static_cast<bool>(file), "cannot open '{}': {}", path, std::strerror(errno));
+    try {
+      po::store(po::parse_config_file(file, all), values);
+    } catch (const po::error& error) {
+      throw UsageError(fmt::format("'{}': {}", path, explain(error, all)), usage_line);
+    }
+  }
+  try {
+    po::notify(values);
+  } catch (const po::error& error) {
+    throw UsageError(error.what(), usage_line);
+  }
+  return true;
+}
+
+Output::Output(const std::string& path) : file_(stdout), path_(path) {
+  if (path_.empty() || path_ == "-") {
+    path_ = "standard output";
+    return;
+  }
+  file_ = std::fopen(path_.c_str(), "we");
+  path_ = fmt::format("'{}'", path_);
+  check(file_ != nullptr, "cannot write {}: {}", path_, std::strerror(errno));
+}
+
+Output::~Output() {
+  if (file_ && file_ != stdout) std::fclose(file_);
+}
+
+void Output::write(std::string_view text) {
+  check(std::fwrite(text.data(), 1, text.size(), file_) == text.size(), "cannot write '{}': {}",
+        path_, std::strerror(errno));
+}
+
+void Output::close() {
+  if (!file_) return;
+  std::FILE* file = std::exchange(file_, nullptr);
+  const bool failed = std::fflush(file) != 0 || std::ferror(file);
+  const int reason = failed ? errno : 0;
+  const bool close_failed = file != stdout && std::fclose(file) != 0;
+  check(!failed && !close_failed, "cannot write {}: {}", path_,
+        std::strerror(failed ? reason : errno));
+}
+
+}  // namespace coil
