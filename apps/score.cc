@@ -1,0 +1,108 @@
+// coil score MODEL INPUT…: log-likelihood and bits per base of each record under a language model
+// of DNA.
+#include "pipelines/score.h"
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "apps/command.h"
+#include "apps/inputs.h"
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+namespace po = boost::program_options;
+
+struct Options {
+  CommonOptions common;
+  InputOptions input;
+  EngineOptions engine{.strands = "forward"};
+  std::string model, out;
+  bool per_base = false, json = false;
+};
+
+po::options_description describe(Options& options) {
+  po::options_description description("Options");
+  description.add_options()  //
+      ("model", po::value(&options.model)->value_name("MODEL"),
+       "model folder, a language model")  //
+      ("output,o", po::value(&options.out)->value_name("FILE"),
+       "the table; default: standard output")                                    //
+      ("json", po::bool_switch(&options.json), "JSON lines instead of a table")  //
+      ("per-base", po::bool_switch(&options.per_base),
+       "bedGraph of the bits of every counted base instead of a table; forward strand only");
+  description.add(describe(options.input))
+      .add(describe(options.engine))
+      .add(describe(options.common));
+  return description;
+}
+
+std::string table_line(const Score& score) {
+  return fmt::format("{}\t{}\t{}\t{:.15g}\t{:.6f}\t{:.6f}\n", score.name, score.begin, score.end,
+                     score.counted, score.log_likelihood, score.bits_per_base());
+}
+
+std::string json_line(const Score& score) {
+  nlohmann::ordered_json line{{"name", score.name},
+                              {"start", score.begin},
+                              {"end", score.end},
+                              {"bases", score.counted},
+                              {"log_likelihood", score.log_likelihood},
+                              {"bits_per_base", score.bits_per_base()}};
+  return line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + '\n';
+}
+
+}  // namespace
+
+int run_score(int argc, char** argv) {
+  Options options;
+  po::variables_map values;
+  if (!parse(
+          argc, argv, "score MODEL INPUT... [-o OUT]",
+          "Log-likelihood of every record. Columns: name, start, end (0-based, half open), bases "
+          "(counted), log_likelihood (natural logarithm), bits_per_base.",
+          describe(options), {"model", "input"}, true, values)) {
+    return 0;
+  }
+  if (options.model.empty()) throw UsageError("no model given");
+  const Strands strands = parse_strands(options.engine.strands);
+  if (options.per_base && (strands != Strands::forward || options.json)) {
+    throw UsageError(
+        "--per-base is bedGraph of the forward strand: it does not go with --json or other "
+        "--strands");
+  }
+
+  const std::unique_ptr<Backend> backend = make_backend(options.common);
+  const Config config = read_config(options.model);
+  check_language_model(config, options.model);
+  const ScoreOptions how{.stream = options.engine.resolve(config), .per_base = options.per_base};
+  const std::unique_ptr<Source> source = open_inputs(options.input);
+  const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
+
+  Output out(options.out);
+  if (!options.per_base && !options.json) {
+    out.write("name\tstart\tend\tbases\tlog_likelihood\tbits_per_base\n");
+  }
+  int64_t records = 0;
+  double counted = 0, log_likelihood = 0;
+  {
+    Progress progress("score", *source);
+    score(
+        *backend, model, *source, how,
+        [&](const Score& score) {
+          records += 1;
+          counted += score.counted;
+          log_likelihood += score.log_likelihood;
+          if (!options.per_base) out.write(options.json ? json_line(score) : table_line(score));
+        },
+        [&](const std::string& text) { out.write(text); }, [&](int64_t steps) { progress(steps); });
+  }
+  out.close();
+  const Score total{.counted = counted, .log_likelihood = log_likelihood};
+  fmt::print(stderr, "{} records, {:.15g} bases counted, {:.6f} bits per base\n", records, counted,
+             total.bits_per_base());
+  return 0;
+}
+
+}  // namespace coil

@@ -27,6 +27,8 @@ class Source {
   static constexpr int64_t kRun = 1 << 16;
   virtual ~Source() = default;
   virtual bool next(Segment& segment) = 0;  // false at the end of the input
+  // Share of the input read so far, 0 … 1, for a progress line; negative where the size is not known.
+  virtual double fraction() const { return -1; }
 };
 
 // A labelled set held in memory for training and evaluation: records of codes, and the examples cut from them.

@@ -1,0 +1,142 @@
+#include "pipelines/classify.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "genomics/alphabet.h"
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+// values += softmax(logits)
+void add_softmax(const float* logits, std::vector<double>& values) {
+  const double top = *std::max_element(logits, logits + values.size());
+  std::vector<double> powers(values.size());
+  double sum = 0;
+  for (size_t i = 0; i < powers.size(); i++) sum += powers[i] = std::exp(logits[i] - top);
+  for (size_t i = 0; i < powers.size(); i++) values[i] += powers[i] / sum;
+}
+
+// The mean over the units that share an answer.
+class Average {
+ public:
+  Average(const Config& config, const ClassifyOptions& options,
+          const std::function<void(const Answer&)>& emit)
+      : config_(config), options_(options), emit_(emit) {}
+
+  void add(const Stream::Unit& unit) {
+    const int64_t group = options_.per == AnswerPer::file   ? unit.file
+                          : options_.per == AnswerPer::pair ? unit.record / 2
+                                                            : group_ + 1;
+    if (group != group_) flush();
+    if (weight_ == 0) begin(unit);
+    group_ = group;
+    const auto length = static_cast<double>(unit.length());
+    weight_ += length;
+    for (size_t i = 0; i < sum_.size(); i++) sum_[i] += length * unit.values[i] / unit.strands;
+    answer_.end += options_.per == AnswerPer::unit ? 0 : unit.fresh;
+  }
+
+  void flush() {
+    if (weight_ == 0) return;
+    answer_.probabilities = sum_;
+    for (double& p : answer_.probabilities) p /= weight_;
+    const auto best = std::max_element(answer_.probabilities.begin(), answer_.probabilities.end());
+    answer_.probability = *best;
+    const double threshold = options_.min_probability >= 0
+                                 ? options_.min_probability
+                                 : unknown_threshold(config_, answer_.end - answer_.begin);
+    answer_.label = static_cast<int32_t>(best - answer_.probabilities.begin());
+    if (!(answer_.probability >= threshold)) answer_.label = -1;
+    emit_(answer_);
+    weight_ = 0;
+  }
+
+ private:
+  void begin(const Stream::Unit& unit) {
+    answer_ = {.name = unit.name, .probabilities = {}};
+    if (options_.per == AnswerPer::file) {
+      answer_.name = options_.files.at(unit.file);
+    } else if (options_.per == AnswerPer::pair) {
+      if (answer_.name.ends_with("/1")) answer_.name.resize(answer_.name.size() - 2);
+    } else {
+      answer_.begin = unit.begin;
+      answer_.end = unit.end;
+    }
+    sum_.assign(config_.labels.size(), 0);
+  }
+
+  const Config& config_;
+  const ClassifyOptions& options_;
+  const std::function<void(const Answer&)>& emit_;
+  Answer answer_;
+  std::vector<double> sum_;
+  double weight_ = 0;  // bases
+  int64_t group_ = -1;
+};
+
+}  // namespace
+
+double unknown_threshold(const Config& config, int64_t length) {
+  const std::vector<Config::Threshold>& table = config.unknown;
+  if (table.empty()) return 0;
+  if (length <= table.front().length) return table.front().probability;
+  for (size_t i = 1; i < table.size(); i++) {
+    const Config::Threshold &low = table[i - 1], &high = table[i];
+    if (length > high.length) continue;
+    const double span = std::log(static_cast<double>(high.length) / low.length);
+    const double share = span > 0 ? std::log(static_cast<double>(length) / low.length) / span : 1;
+    return low.probability + share * (high.probability - low.probability);
+  }
+  return table.back().probability;
+}
+
+void check_classifier(const Config& config, const std::string& where) {
+  if (config.objective != Objective::classify) {
+    throw Error(fmt::format("{}: is a language model, expected a classifier", where),
+                "coil score reads a language model; coil train --from makes a classifier of it");
+  }
+  check(config.alphabet == "dna", "{}: reads alphabet '{}', expected 'dna'", where,
+        config.alphabet);
+  check(config.vocab > dna::kN, "{}: vocab_size is {}, expected at least {} for DNA", where,
+        config.vocab, dna::kN + 1);
+}
+
+void classify(Backend& backend, const Model& model, Source& source, const ClassifyOptions& options,
+              const std::function<void(const Answer&)>& emit,
+              const std::function<void(int64_t)>& progress) {
+  const auto classes = static_cast<int64_t>(model.config.labels.size());
+  StreamOptions stream_options = options.stream;
+  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
+  Stream stream(source, stream_options);
+  State state(backend, model.config, stream.slots());
+  Average average(model.config, options, emit);
+  Stream::Batch batch;
+  Stream::Unit unit;
+  std::vector<float> host;
+  while (stream.next(batch)) {
+    const Rows rows(backend, batch.pieces);
+    Tensor ids(backend, DType::i32, {rows.total()});  // (t)
+    backend.copy(host_view(batch.ids.data(), DType::i32, {rows.total()}), ids);
+    const Tensor h = hidden(backend, model, ids, rows, &state);           // (t, d)
+    const Tensor logits = class_logits(backend, model, h, rows, &state);  // (m, classes)
+    if (rows.finished() > 0) {
+      host.resize(rows.finished() * classes);
+      backend.copy(logits, host_view(host.data(), DType::f32, {rows.finished(), classes}));
+      backend.sync();
+      const float* row = host.data();
+      for (size_t i = 0; i < batch.pieces.size(); i++) {
+        if (!batch.pieces[i].last) continue;
+        batch.units[i]->values.resize(classes);
+        add_softmax(row, batch.units[i]->values);
+        row += classes;
+      }
+    }
+    while (stream.pop(unit)) average.add(unit);
+    if (progress) progress(stream.steps());
+  }
+  average.flush();
+}
+
+}  // namespace coil

@@ -1,0 +1,292 @@
+#include "pipelines/stream.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "genomics/alphabet.h"
+#include "kernels/error.h"
+
+namespace coil {
+
+constexpr int64_t kCache = 4 << 20;  // bytes: two cores' L2 of 2 MiB
+
+Strands parse_strands(const std::string& text) {
+  if (text == "both") return Strands::both;
+  if (text == "forward") return Strands::forward;
+  if (text == "reverse") return Strands::reverse;
+  throw UsageError(fmt::format("--strands: '{}' is none of both, forward, reverse", text));
+}
+
+int64_t auto_batch(const Config& config) {
+  // Of one layer, in f32: x, residual, out_proj's output; x|z; conv; dt|B|C; dt.
+  const int64_t row = 4 * (3 * config.d + 4 * config.e + config.dt_rank + 2 * config.n);
+  int64_t rows = 256;
+  while (rows < 4096 && 2 * rows * row <= kCache) rows *= 2;
+  return rows;
+}
+
+// One strand of a unit. `codes` are those readable now, in the sequence's own direction.
+struct Stream::Sequence {
+  Unit* unit = nullptr;
+  bool reverse = false;
+  int64_t length = -1;   // -1: the record has not ended yet
+  int64_t position = 0;  // next step
+  int64_t base = 0;      // of codes[0]
+  int32_t slot = -1;     // where its state stands; -1: it has none yet
+  std::vector<uint8_t> codes;
+
+  int64_t readable() const { return base + static_cast<int64_t>(codes.size()); }
+};
+
+Stream::Stream(Source& source, const StreamOptions& options) : source_(source), options_(options) {
+  COIL_ASSERT(options_.batch > 0);
+  if (options_.chunk <= 0 || options_.chunk > options_.batch) options_.chunk = options_.batch;
+  if (options_.stride <= 0) options_.stride = options_.window;
+  // A batch leaves at most batch / chunk + 1 sequences unfinished, and what it releases is free
+  // after it.
+  const int64_t parallel = (options_.batch + options_.chunk - 1) / options_.chunk + 1;
+  slots_ = static_cast<int32_t>(std::min(kSlots, 2 * parallel));
+  for (int32_t slot = slots_; slot-- > 0;) free_.push_back(slot);
+}
+
+Stream::~Stream() = default;
+
+Stream::Unit& Stream::begin_unit(const Segment& segment) {
+  Unit& unit = units_.emplace_back();
+  unit.record = segment.record;
+  unit.file = segment.file;
+  unit.name = segment.name;
+  unit.begin = segment.offset + segment.position;
+  unit.strands = unit.pending = options_.strands == Strands::both ? 2 : 1;
+  return unit;
+}
+
+// A unit that is complete in memory.
+void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
+  const auto length = static_cast<int64_t>(codes.size());
+  unit.end = unit.begin + length;
+  for (const bool reverse : {false, true}) {
+    if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
+    auto sequence = std::make_unique<Sequence>();
+    sequence->unit = &unit;
+    sequence->reverse = reverse;
+    sequence->length = length;
+    if (reverse || options_.strands == Strands::forward) {
+      sequence->codes = std::move(codes);
+    } else {
+      sequence->codes = codes;
+    }
+    if (reverse) dna::reverse_complement(sequence->codes);
+    active_.push_back(std::move(sequence));
+  }
+}
+
+// The record that was being read has ended: its reverse strand can begin.
+void Stream::end_open() {
+  open_->end = open_->begin + open_length_;
+  open_->fresh = open_length_;
+  if (open_forward_) open_forward_->length = open_length_;
+  if (open_->spill) {
+    auto sequence = std::make_unique<Sequence>();
+    sequence->unit = open_;
+    sequence->reverse = true;
+    sequence->length = open_length_;
+    active_.push_back(std::move(sequence));
+  }
+  open_ = nullptr;
+  open_forward_ = nullptr;
+}
+
+// Windows begin at multiples of the stride. The last, shorter one is kept if it is at least half a
+// window, or the only one of its record.
+bool Stream::cut_window() {
+  const int64_t readable = rolling_begin_ + static_cast<int64_t>(rolling_.size());
+  int64_t length = options_.window;
+  if (next_window_ + length > readable) {
+    if (!rolling_ended_) return false;
+    length = readable - next_window_;
+    if (length <= 0 || (2 * length < options_.window && next_window_ > 0)) return false;
+  }
+  Segment segment = head_;
+  segment.position = next_window_;
+  Unit& unit = begin_unit(segment);
+  const auto begin = rolling_.begin() + (next_window_ - rolling_begin_);
+  hold(unit, {begin, begin + length});
+  unit.fresh = next_window_ + length - std::max(answered_, next_window_);
+  answered_ = next_window_ + length;
+  next_window_ += options_.stride;
+  return true;
+}
+
+// Takes one window or one segment; false at the end of the input.
+bool Stream::read() {
+  if (options_.window > 0 && cut_window()) return true;
+  Segment segment;
+  if (!source_.next(segment)) return false;
+  COIL_ASSERT(!segment.codes.empty());
+  if (options_.window > 0) {
+    if (segment.first) {
+      rolling_.clear();
+      rolling_begin_ = next_window_ = answered_ = 0;
+      head_ = Segment{.record = segment.record,
+                      .file = segment.file,
+                      .offset = segment.offset,
+                      .name = segment.name,
+                      .codes = {}};
+    }
+    const int64_t readable = rolling_begin_ + static_cast<int64_t>(rolling_.size());
+    const int64_t passed = std::min(next_window_, readable) - rolling_begin_;
+    rolling_.erase(rolling_.begin(), rolling_.begin() + passed);
+    rolling_begin_ += passed;
+    rolling_.insert(rolling_.end(), segment.codes.begin(), segment.codes.end());
+    rolling_ended_ = segment.last;
+    return true;
+  }
+  if (segment.first && segment.last) {
+    Unit& unit = begin_unit(segment);
+    unit.fresh = static_cast<int64_t>(segment.codes.size());
+    hold(unit, std::move(segment.codes));
+    return true;
+  }
+  if (segment.first) {
+    open_ = &begin_unit(segment);
+    open_length_ = 0;
+    if (options_.strands != Strands::forward) open_->spill = std::make_unique<Spill>();
+    if (options_.strands != Strands::reverse) {
+      open_forward_ = active_.emplace_back(std::make_unique<Sequence>()).get();
+      open_forward_->unit = open_;
+    }
+  }
+  COIL_ASSERT(open_);
+  open_length_ += static_cast<int64_t>(segment.codes.size());
+  if (open_->spill) open_->spill->append(segment.codes);
+  if (open_forward_) {
+    std::vector<uint8_t>& codes = open_forward_->codes;
+    codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
+  }
+  if (segment.last) end_open();
+  return true;
+}
+
+// Makes the next `want` steps of a sequence readable, and the code after them; returns how many
+// there are.
+int64_t Stream::prepare(Sequence& sequence, int64_t want) {
+  if (sequence.position - sequence.base >= Source::kRun) {
+    sequence.codes.erase(sequence.codes.begin(),
+                         sequence.codes.begin() + (sequence.position - sequence.base));
+    sequence.base = sequence.position;
+  }
+  if (sequence.reverse && sequence.unit->spill) {
+    const int64_t rest = sequence.length - sequence.position;
+    if (sequence.readable() < sequence.position + std::min(rest, want + 1)) {
+      const int64_t count = std::min(rest, std::max(Source::kRun, want + 1));
+      sequence.unit->spill->read_reverse(sequence.position, count, sequence.codes);
+      sequence.base = sequence.position;
+    }
+  }
+  while (sequence.length < 0 && sequence.readable() <= sequence.position + want) {
+    check(read(), "record '{}' has no end", sequence.unit->name);
+  }
+  return std::min(
+      want, (sequence.length < 0 ? sequence.readable() - 1 : sequence.length) - sequence.position);
+}
+
+bool Stream::next(Batch& batch) {
+  batch.pieces.clear();
+  batch.units.clear();
+  batch.ids.clear();
+  batch.next.clear();
+  free_.insert(free_.end(), released_.begin(), released_.end());
+  released_.clear();
+  int64_t budget = options_.batch;
+  size_t i = 0;
+  while (budget > 0) {
+    if (i == active_.size()) {
+      if (exhausted_ || static_cast<int64_t>(units_.size()) >= kWindow) break;
+      exhausted_ = !read();
+      continue;
+    }
+    Sequence& sequence = *active_[i];
+    const int64_t count = prepare(sequence, std::min(budget, options_.chunk));
+    const bool last = sequence.position + count == sequence.length;
+    Piece piece{.begin = options_.batch - budget,
+                .length = count,
+                .position = sequence.position,
+                .from = sequence.slot,
+                .to = -1,
+                .last = last};
+    if (!last) {
+      if (sequence.slot < 0) {
+        if (free_.empty()) break;
+        sequence.slot = free_.back();
+        free_.pop_back();
+      }
+      piece.to = sequence.slot;
+    } else if (sequence.slot >= 0) {
+      released_.push_back(sequence.slot);
+    }
+    const auto codes = sequence.codes.begin() + (sequence.position - sequence.base);
+    batch.ids.insert(batch.ids.end(), codes, codes + count);
+    batch.next.insert(batch.next.end(), codes + 1, codes + count + (last ? 0 : 1));
+    if (last) batch.next.push_back(-1);
+    batch.pieces.push_back(piece);
+    batch.units.push_back(sequence.unit);
+    sequence.position += count;
+    if (last) sequence.unit->pending -= 1;
+    budget -= count;
+    steps_ += count;
+    i += 1;
+  }
+  std::erase_if(active_,
+                [](const auto& sequence) { return sequence->position == sequence->length; });
+  COIL_ASSERT(!batch.pieces.empty() || exhausted_);
+  return !batch.pieces.empty();
+}
+
+bool Stream::pop(Unit& unit) {
+  if (units_.empty() || units_.front().pending > 0) return false;
+  unit = std::move(units_.front());
+  units_.pop_front();
+  return true;
+}
+
+namespace {
+
+class Chain final : public Source {
+ public:
+  Chain(size_t count, std::function<std::unique_ptr<Source>(size_t)> open)
+      : count_(count), open_(std::move(open)) {}
+
+  bool next(Segment& segment) override {
+    for (; input_ < count_; input_ += 1, source_.reset(), records_ = seen_) {
+      if (!source_) source_ = open_(input_);
+      if (!source_->next(segment)) continue;
+      segment.record += records_;
+      segment.file = static_cast<int64_t>(input_);
+      seen_ = segment.record + 1;
+      return true;
+    }
+    return false;
+  }
+
+  // Files count alike.
+  double fraction() const override {
+    const double inside = source_ ? source_->fraction() : 0;
+    return inside < 0 ? inside
+                      : (static_cast<double>(input_) + inside) / static_cast<double>(count_);
+  }
+
+ private:
+  size_t count_, input_ = 0;
+  std::function<std::unique_ptr<Source>(size_t)> open_;
+  std::unique_ptr<Source> source_;
+  int64_t records_ = 0, seen_ = 0;  // of the inputs before this one; of all so far
+};
+
+}  // namespace
+
+std::unique_ptr<Source> chain(size_t count, std::function<std::unique_ptr<Source>(size_t)> open) {
+  return std::make_unique<Chain>(count, std::move(open));
+}
+
+}  // namespace coil

@@ -1,0 +1,153 @@
+#include "apps/inputs.h"
+
+#include <unistd.h>
+
+#include <sstream>
+
+#include "apps/command.h"
+#include "genomics/fasta.h"
+#include "genomics/intervals.h"
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+namespace po = boost::program_options;
+
+bool is_alignment(FileKind kind) {
+  return kind == FileKind::sam || kind == FileKind::bam || kind == FileKind::cram;
+}
+
+// Positions of a region are those of its sequence, so its name is too: chr1:1001-2000 becomes chr1.
+class RegionsOf final : public Source {
+ public:
+  explicit RegionsOf(std::unique_ptr<Source> source) : source_(std::move(source)) {}
+  bool next(Segment& segment) override {
+    if (!source_->next(segment)) return false;
+    if (segment.first) segment.name.resize(std::min(segment.name.rfind(':'), segment.name.size()));
+    return true;
+  }
+  double fraction() const override { return source_->fraction(); }
+
+ private:
+  std::unique_ptr<Source> source_;
+};
+
+int64_t size_or_auto(const char* option, const std::string& text) {
+  if (text == "auto") return 0;
+  std::istringstream in(text);
+  Size size;
+  if (!(in >> size) || in.peek() != EOF || size.value < 1) {
+    throw UsageError(
+        fmt::format("--{}: '{}' is neither auto nor a size of at least 1", option, text));
+  }
+  return size.value;
+}
+
+}  // namespace
+
+AlignmentOptions InputOptions::alignment() const {
+  return {.reference = reference, .secondary = secondary, .supplementary = supplementary};
+}
+
+po::options_description describe(InputOptions& options) {
+  po::options_description description("Input");
+  description.add_options()  //
+      ("input", po::value(&options.inputs)->value_name("FILE"),
+       "FASTA or FASTQ (plain, gzip, bgzip), SAM, BAM, CRAM; - is standard input")  //
+      ("region", po::value(&options.regions)->value_name("REGION"),
+       "only chr1:1,000-2,000 of one indexed FASTA (1-based, both ends in); may be repeated")  //
+      ("bed", po::value(&options.bed)->value_name("FILE"), "only the regions of a BED file")   //
+      ("reference", po::value(&options.reference)->value_name("FASTA"),
+       "reference of CRAM input, with .fai")                                               //
+      ("secondary", po::bool_switch(&options.secondary), "read secondary alignments too")  //
+      ("supplementary", po::bool_switch(&options.supplementary),
+       "read supplementary alignments too");
+  return description;
+}
+
+std::unique_ptr<Source> open_inputs(const InputOptions& options) {
+  const std::vector<std::string>& inputs = options.inputs;
+  if (inputs.empty()) throw UsageError("no input given");
+  if (options.paired) {
+    if (inputs.size() > 2) {
+      throw UsageError(fmt::format(
+          "--paired: {} inputs given, expected two FASTQ files or one interleaved", inputs.size()));
+    }
+    return open_pairs(inputs[0], inputs.size() > 1 ? inputs[1] : "");
+  }
+  if (!options.regions.empty() || !options.bed.empty()) {
+    if (inputs.size() != 1) {
+      throw UsageError(fmt::format("--region, --bed: {} inputs given, expected one indexed FASTA",
+                                   inputs.size()));
+    }
+    std::vector<Interval> intervals;
+    for (const std::string& region : options.regions) intervals.push_back(parse_region(region));
+    if (!options.bed.empty()) {
+      const std::vector<Interval> more = read_bed(options.bed);
+      intervals.insert(intervals.end(), more.begin(), more.end());
+    }
+    return std::make_unique<RegionsOf>(open_regions(inputs[0], std::move(intervals)));
+  }
+  std::vector<bool> alignments;
+  for (const std::string& input : inputs) {
+    alignments.push_back(input != "-" && is_alignment(sniff(input)));
+  }
+  const auto open = [inputs, alignments, alignment = options.alignment()](size_t i) {
+    return alignments[i] ? open_alignments(inputs[i], alignment) : open_fasta({inputs[i]});
+  };
+  return chain(inputs.size(), open);
+}
+
+po::options_description describe(EngineOptions& options) {
+  po::options_description description("Engine");
+  description.add_options()  //
+      ("strands", po::value(&options.strands)->default_value(options.strands)->value_name("WHICH"),
+       "both (averaged, twice the work) | forward | reverse")  //
+      ("batch", po::value(&options.batch)->default_value(options.batch)->value_name("SIZE"),
+       "bases computed at a time: auto keeps a layer's activations in the cache")  //
+      ("chunk", po::value(&options.chunk)->default_value(options.chunk)->value_name("SIZE"),
+       "most bases of one sequence among them: auto is the batch");
+  return description;
+}
+
+StreamOptions EngineOptions::resolve(const Config& config) const {
+  StreamOptions stream{.strands = parse_strands(strands),
+                       .batch = size_or_auto("batch", batch),
+                       .chunk = size_or_auto("chunk", chunk)};
+  if (stream.batch == 0) stream.batch = auto_batch(config);
+  return stream;
+}
+
+Progress::Progress(std::string command, const Source& source)
+    : command_(std::move(command)), source_(source), terminal_(isatty(STDERR_FILENO) == 1) {}
+
+Progress::~Progress() {
+  if (shown_) fmt::print(stderr, "\r\033[K");
+}
+
+void Progress::operator()(int64_t steps) {
+  using std::chrono::duration;
+  if (!terminal_) return;
+  const auto now = Clock::now();
+  if (now - last_ < std::chrono::milliseconds(500)) return;
+  last_ = now;
+  shown_ = true;
+  const double seconds = duration<double>(now - begin_).count(), done = source_.fraction();
+  fmt::print(stderr, "\r\033[Kcoil {}: {:.2f} M steps, {:.0f} k/s", command_, steps * 1e-6,
+             steps * 1e-3 / seconds);
+  if (done > 0) {
+    const auto left = static_cast<int64_t>(seconds * (1 - done) / done);
+    fmt::print(stderr, ", {:.0f} %, {}:{:02}:{:02} left", 100 * done, left / 3600, left / 60 % 60,
+               left % 60);
+  }
+  std::fflush(stderr);
+}
+
+std::string command_line(int argc, char** argv) {
+  std::string line = "coil";
+  for (int i = 0; i < argc; i++) line += fmt::format(" {}", argv[i]);
+  return line;
+}
+
+}  // namespace coil

@@ -1,0 +1,54 @@
+// What `classify` and `score` share: which sequences are read, and progress while it happens.
+#pragma once
+
+#include <boost/program_options.hpp>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "genomics/alignment.h"
+#include "pipelines/stream.h"
+
+namespace coil {
+
+struct InputOptions {
+  std::vector<std::string> inputs;
+  std::string reference;             // for CRAM
+  std::vector<std::string> regions;  // of one indexed FASTA
+  std::string bed;
+  bool secondary = false, supplementary = false;
+  bool paired = false;  // classify only
+  AlignmentOptions alignment() const;
+};
+boost::program_options::options_description describe(InputOptions& options);
+
+// Checks that every input can be opened, then opens them one after another as one stream.
+std::unique_ptr<Source> open_inputs(const InputOptions& options);
+
+// Options of the engine. describe() binds text where "auto" is a choice; resolve() reads it.
+struct EngineOptions {
+  std::string strands, batch = "auto", chunk = "auto";
+  StreamOptions resolve(const Config& config) const;
+};
+boost::program_options::options_description describe(EngineOptions& options);
+
+// Steps done, rate and, where the end is known, the time left: on stderr when it is a terminal.
+class Progress {
+ public:
+  Progress(std::string command, const Source& source);
+  ~Progress();  // clears the line
+  void operator()(int64_t steps);
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  std::string command_;
+  const Source& source_;
+  bool terminal_, shown_ = false;
+  Clock::time_point begin_ = Clock::now(), last_ = begin_;
+};
+
+// "coil classify model x.fa": for a @PG line.
+std::string command_line(int argc, char** argv);
+
+}  // namespace coil

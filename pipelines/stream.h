@@ -1,0 +1,111 @@
+// Records that stream in become ragged batches for a model, and answers come back in input order.
+//
+//   Stream stream(source, options);  Batch batch;  Unit unit;
+//   while (stream.next(batch)) { compute;  add to batch.units[i]->values;  while (stream.pop(unit))
+//   write; }
+//
+// A unit is what gets one answer: a record, or a window of one. It is read as one or two sequences
+// (strands). Each batch serves the open sequences in order of their begin, at most `chunk` steps of
+// each, until it holds `batch` rows; a long record moves on chunk by chunk with its state in a
+// slot, many short ones share a batch. What a batch holds is a function of input and options only,
+// never of time.
+//
+// Memory is bounded whatever the input: a record that comes in several segments is never held. Its
+// forward strand is read as it arrives, while a Spill keeps 2 bits a base; when it has ended its
+// reverse complement is read from there. A window is held whole, one byte a base. Answers wait for
+// those before them, at most kWindow of them.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "genomics/spill.h"
+#include "kernels/tensor.h"
+#include "model/batch.h"
+#include "model/config.h"
+
+namespace coil {
+
+enum class Strands : uint8_t { both, forward, reverse };
+Strands parse_strands(const std::string& text);  // throws UsageError
+
+struct StreamOptions {
+  Strands strands = Strands::both;
+  int64_t window = 0;  // bases; 0: one unit per record
+  int64_t stride = 0;  // 0: the window
+  int64_t batch = 0;   // rows of a batch; 0: auto_batch
+  int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
+};
+// Rows whose activations in one layer stay in the cache: a function of the network alone.
+int64_t auto_batch(const Config& config);
+
+class Stream {
+ public:
+  static constexpr int64_t kWindow = 4096;  // units begun and not yet popped
+  static constexpr int64_t kSlots = 256;    // most sequences carried at once
+
+  struct Unit {
+    int64_t record = 0, file = 0;
+    std::string name;             // of the record
+    int64_t begin = 0, end = -1;  // 0-based, half open, Segment::offset added
+    int64_t fresh = 0;            // bases that no earlier window of the record held
+    int strands = 0;              // sequences
+    std::vector<double> values;   // of whoever computes
+    std::string text;             // likewise
+    int64_t length() const { return end - begin; }
+
+   private:
+    friend class Stream;
+    int pending = 0;               // sequences not yet at their end
+    std::unique_ptr<Spill> spill;  // of a record in several segments, for its reverse strand
+  };
+  struct Batch {
+    std::vector<Piece> pieces;
+    std::vector<Unit*> units;   // per piece
+    std::vector<int32_t> ids;   // per row: the code
+    std::vector<int32_t> next;  // per row: the code after it in its sequence, -1 at the end
+  };
+
+  Stream(Source& source, const StreamOptions& options);  // batch and chunk resolved
+  ~Stream();
+  bool next(Batch& batch);  // false: all is read and computed
+  bool pop(Unit& unit);     // the next unit in input order, once its last piece was in a batch
+  Unit* front() { return units_.empty() ? nullptr : &units_.front(); }
+  int32_t slots() const { return slots_; }  // rows of the State that the batches refer to
+  int64_t steps() const { return steps_; }  // handed out so far
+
+ private:
+  struct Sequence;
+  bool read();
+  bool cut_window();
+  Unit& begin_unit(const Segment& segment);
+  void hold(Unit& unit, std::vector<uint8_t> codes);
+  void end_open();
+  int64_t prepare(Sequence& sequence, int64_t want);
+
+  Source& source_;
+  StreamOptions options_;
+  int32_t slots_ = 0;
+  int64_t steps_ = 0;
+  bool exhausted_ = false;
+  std::deque<Unit> units_;                         // in input order
+  std::vector<std::unique_ptr<Sequence>> active_;  // in order of their begin
+  std::vector<int32_t> free_, released_;           // slots; released ones are free after the batch
+  Unit* open_ = nullptr;                           // the record being read, if it is not held
+  Sequence* open_forward_ = nullptr;
+  int64_t open_length_ = 0;
+  // Windows: the part of the current record that the next ones need.
+  std::vector<uint8_t> rolling_;
+  Segment head_;  // of the current record, without codes
+  int64_t rolling_begin_ = 0, next_window_ = 0, answered_ = 0;
+  bool rolling_ended_ = true;
+};
+
+// Several inputs as one stream, opened one after another; `open` gives the source of input i.
+// Records and files are counted through.
+std::unique_ptr<Source> chain(size_t count, std::function<std::unique_ptr<Source>(size_t)> open);
+
+}  // namespace coil
