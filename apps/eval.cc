@@ -1,0 +1,153 @@
+// coil eval: the metrics of a model on labelled data; bits per base of a language model.
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "apps/command.h"
+#include "genomics/dataset.h"
+#include "kernels/error.h"
+#include "pipelines/batches.h"
+#include "pipelines/evaluate.h"
+
+namespace coil {
+namespace {
+
+namespace po = boost::program_options;
+using nlohmann::json;
+
+struct EvalOptions {
+  std::string model;
+  std::vector<std::string> data;
+  std::string sequence_column = "sequence", label_column = "label", table;
+  Size window{0}, batch_tokens{16384};
+  std::string strands = "both";
+  bool json = false;
+  std::string out;
+};
+
+po::options_description describe(EvalOptions& o) {
+  po::options_description options("Options", 100);
+  options.add_options()("model", po::value(&o.model), "model folder; also as the first argument")(
+      "data", po::value(&o.data),
+      "CSV/TSV, a folder per class, or FASTA with --table; for a language model any DNA file")(
+      "sequence-column", po::value(&o.sequence_column)->default_value(o.sequence_column),
+      "of CSV/TSV")("label-column", po::value(&o.label_column)->default_value(o.label_column),
+                    "of CSV/TSV")("table", po::value(&o.table)->default_value(o.table),
+                                  "name<TAB>label of the records of FASTA files")(
+      "window", po::value(&o.window)->default_value(o.window),
+      "cut records into windows of this; 0: whole records")(
+      "strands", po::value(&o.strands)->default_value(o.strands), "both (averaged) | forward")(
+      "batch-tokens", po::value(&o.batch_tokens)->default_value(o.batch_tokens),
+      "bases in a batch: memory")("json", po::bool_switch(&o.json), "JSON instead of a table")(
+      "out,o", po::value(&o.out)->default_value(o.out), "file instead of stdout");
+  return options;
+}
+
+json number(double value) { return std::isfinite(value) ? json(value) : json(nullptr); }
+
+std::string as_json(const Evaluation& evaluation, const Config& config) {
+  const Metrics& m = evaluation.metrics;
+  json out = {{"count", m.count}, {"loss", number(m.loss)}};
+  if (config.objective == Objective::lm) {
+    out["bits_per_base"] = number(evaluation.bits_per_base);
+    return out.dump(2) + "\n";
+  }
+  out["accuracy"] = m.accuracy;
+  out["macro_f1"] = m.macro_f1;
+  out["mcc"] = m.mcc;
+  out["auroc"] = number(m.auroc);
+  json recall, precision;
+  for (size_t k = 0; k < config.labels.size(); ++k) {
+    recall[config.labels[k]] = number(m.recall[k]);
+    precision[config.labels[k]] = number(m.precision[k]);
+  }
+  out["recall"] = recall;
+  out["precision"] = precision;
+  out["labels"] = config.labels;
+  out["confusion"] = m.confusion;
+  return out.dump(2) + "\n";
+}
+
+std::string as_table(const Evaluation& evaluation, const Config& config) {
+  const Metrics& m = evaluation.metrics;
+  if (config.objective == Objective::lm)
+    return fmt::format("bases          {}\nbits per base  {:.4f}\nloss (nats)    {:.4f}\n", m.count,
+                       evaluation.bits_per_base, m.loss);
+  std::string out = fmt::format(
+      "examples  {}\naccuracy  {:.4f}\nmacro F1  {:.4f}\nMCC       {:.4f}\nAUROC     {:.4f}\nloss  "
+      "    {:.4f}\n\n",
+      m.count, m.accuracy, m.macro_f1, m.mcc, m.auroc, m.loss);
+  const auto& labels = config.labels;
+  size_t name = 5;
+  for (const std::string& label : labels) name = std::max(name, label.size());
+  const auto cell = [](double value) {
+    return std::isnan(value) ? "-" : fmt::format("{:.4f}", value);
+  };
+  out += fmt::format("{:<{}}  {:>9}  {:>9}  {:>9}\n", "class", name, "examples", "recall",
+                     "precision");
+  for (size_t k = 0; k < labels.size(); ++k) {
+    int64_t count = 0;
+    for (const int64_t n : m.confusion[k]) count += n;
+    out += fmt::format("{:<{}}  {:>9}  {:>9}  {:>9}\n", labels[k], name, count, cell(m.recall[k]),
+                       cell(m.precision[k]));
+  }
+  // Columns carry numbers, since class names would make them too wide.
+  out += "\nconfusion: rows are the truth, columns the answer\n";
+  out += fmt::format("{:<{}}", "", name + 4);
+  for (size_t j = 0; j < labels.size(); ++j)
+    out += fmt::format("  {:>7}", fmt::format("[{}]", j + 1));
+  out += "\n";
+  for (size_t k = 0; k < labels.size(); ++k) {
+    out += fmt::format("{:<{}}", fmt::format("{:<4}{}", fmt::format("[{}]", k + 1), labels[k]),
+                       name + 4);
+    for (const int64_t n : m.confusion[k]) out += fmt::format("  {:>7}", n);
+    out += "\n";
+  }
+  return out;
+}
+
+}  // namespace
+
+int run_eval(int argc, char** argv) {
+  EvalOptions options;
+  CommonOptions common;
+  po::options_description described = describe(options);
+  described.add(describe(common));
+  po::variables_map values;
+  if (!parse(argc, argv, "eval [options] MODEL DATA…",
+             "Measures a model on labelled data: accuracy, recall, macro-F1, MCC, AUROC and the "
+             "confusion\n"
+             "matrix; bits per base of a language model.",
+             described, {"model", "data"}, true, values))
+    return 0;
+  if (options.model.empty()) throw UsageError("no model folder");
+  if (options.data.empty()) throw UsageError("no data to evaluate on");
+  if (options.strands != "both" && options.strands != "forward")
+    throw UsageError(fmt::format("--strands '{}': expected both or forward", options.strands));
+  check(common.precision == "f32" || common.precision == "bf16",
+        "--precision '{}': expected f32 or bf16", common.precision);
+
+  const auto backend = make_backend(common);
+  const Model model =
+      load_model(*backend, options.model, common.precision == "bf16" ? DType::bf16 : DType::f32);
+  const Config& config = model.config;
+  check(config.alphabet == "dna", "'{}': its alphabet is '{}', expected 'dna'", options.model,
+        config.alphabet);
+  const Examples all =
+      read_examples(options.data, {.sequence_column = options.sequence_column,
+                                   .label_column = options.label_column,
+                                   .table = options.table,
+                                   .min_length = options.window,
+                                   .max_length = options.window,
+                                   .labels = config.labels,
+                                   .labelled = config.objective == Objective::classify});
+  const Evaluation evaluation =
+      evaluate(*backend, model, all, all.items,
+               {.batch_tokens = options.batch_tokens, .both_strands = options.strands == "both"});
+  Output out(options.out);
+  out.write(options.json ? as_json(evaluation, config) : as_table(evaluation, config));
+  out.close();
+  return 0;
+}
+
+}  // namespace coil

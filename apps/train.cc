@@ -1,0 +1,213 @@
+// coil train: a classifier or a language model of DNA from labelled or plain sequences.
+
+#include <unistd.h>
+
+#include <csignal>
+#include <cstdio>
+#include <iostream>
+
+#include "apps/command.h"
+#include "kernels/error.h"
+#include "model/checkpoint.h"
+#include "model/config.h"
+#include "pipelines/train.h"
+
+namespace coil {
+namespace {
+
+namespace po = boost::program_options;
+
+volatile std::sig_atomic_t signal_number = 0;
+extern "C" void note_signal(int number) { signal_number = number; }
+
+constexpr const char* kText =
+    "Trains a classifier (or, with --objective lm, a language model) and writes a model folder.\n"
+    "DATA is a CSV or TSV file with a sequence and a label column; or a folder with one folder of\n"
+    "FASTA/FASTQ files per class; or FASTA files with --table; for lm, any of these or plain "
+    "FASTA.\n"
+    "The preset is applied first, every other option after. --resume goes on from the last "
+    "checkpoint.";
+
+po::typed_value<Size>* size(int64_t& member) {
+  return po::value<Size>()->default_value(Size{member})->notifier([&member](const Size& given) {
+    member = given;
+  });
+}
+po::typed_value<bool>* flag(bool& member) {
+  return po::value<bool>(&member)
+      ->default_value(member, member ? "yes" : "no")
+      ->implicit_value(true)
+      ->zero_tokens();
+}
+
+template <class E>
+po::typed_value<std::string>* choice(E& member, std::vector<std::pair<std::string, E>> names,
+                                     const std::string& option) {
+  std::string now;
+  for (const auto& [name, value] : names)
+    if (value == member) now = name;
+  return po::value<std::string>()->default_value(now)->notifier(
+      [=, &member](const std::string& given) {
+        std::vector<std::string> known;
+        for (const auto& [name, value] : names) {
+          known.push_back(name);
+          if (name != given) continue;
+          member = value;
+          return;
+        }
+        throw UsageError(
+            fmt::format("--{} '{}': expected {}", option, given, fmt::join(known, " or ")));
+      });
+}
+
+po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
+  no_reverse_complement = !o.reverse_complement;
+  po::options_description all("Options", 100);
+  po::options_description network("Network", 100), data("Data", 100), steps("Steps", 100),
+      run("Run", 100);
+  network.add_options()(
+      "preset", po::value(&o.preset)->default_value(o.preset),
+      fmt::format("{}: applied before all other options", fmt::join(preset_names(), " | "))
+          .c_str())(
+      "objective",
+      choice(o.objective, {{"classify", Objective::classify}, {"lm", Objective::lm}}, "objective"),
+      "classify | lm")("from", po::value(&o.from)->default_value(o.from),
+                       "start from the weights of this model folder")(
+      "d-model", size(o.d), "width")("layers", size(o.layers), "layers")("state", size(o.n),
+                                                                         "SSM state per channel")(
+      "pooling", choice(o.pooling, {{"mean", Pooling::mean}, {"last", Pooling::last}}, "pooling"),
+      "mean | last: what the classifier sees of a sequence");
+  data.add_options()("data", po::value(&o.data), "files or folders; also as plain arguments")(
+      "sequence-column", po::value(&o.sequence_column)->default_value(o.sequence_column),
+      "of CSV/TSV")("label-column", po::value(&o.label_column)->default_value(o.label_column),
+                    "of CSV/TSV")("table", po::value(&o.table)->default_value(o.table),
+                                  "name<TAB>label of the records of FASTA files")(
+      "min-length", size(o.min_length), "windows: shortest; 0: as --max-length")(
+      "max-length", size(o.max_length),
+      "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024)")(
+      "validation", po::value(&o.validation)->default_value(o.validation),
+      "file or folder; else a part is held out")(
+      "validation-fraction",
+      po::value(&o.validation_fraction)
+          ->default_value(o.validation_fraction, fmt::format("{:g}", o.validation_fraction)),
+      "held out where there is no --validation; 0: none")(
+      "validation-tokens", size(o.validation_tokens),
+      "validation set thinned to this; 0: all of it")("no-reverse-complement",
+                                                      flag(no_reverse_complement),
+                                                      "the strand matters: no such augmentation")(
+      "mutate", po::value(&o.mutate)->default_value(o.mutate, fmt::format("{:g}", o.mutate)),
+      "augmentation: substitutions per base")("balance", flag(o.balance),
+                                              "weigh classes inversely to their counts");
+  steps.add_options()(
+      "epochs", po::value(&o.epochs)->default_value(o.epochs, fmt::format("{:g}", o.epochs)),
+      "passes over the data")("steps", size(o.steps), "instead of epochs; 0: from epochs")(
+      "batch-tokens", size(o.batch_tokens), "bases in a batch")(
+      "lr", po::value(&o.lr)->default_value(o.lr, fmt::format("{:g}", o.lr)), "peak learning rate")(
+      "min-lr", po::value(&o.min_lr)->default_value(o.min_lr, fmt::format("{:g}", o.min_lr)),
+      "at the end, as a part of --lr")(
+      "warmup", po::value(&o.warmup)->default_value(o.warmup, fmt::format("{:g}", o.warmup)),
+      "part of all steps")("weight-decay",
+                           po::value(&o.weight_decay)
+                               ->default_value(o.weight_decay, fmt::format("{:g}", o.weight_decay)),
+                           "AdamW's")(
+      "clip", po::value(&o.clip)->default_value(o.clip, fmt::format("{:g}", o.clip)),
+      "largest gradient norm; 0: none");
+  run.add_options()("out,o", po::value(&o.out)->default_value(o.out), "model folder to write")(
+      "resume", flag(o.resume), "go on from the last checkpoint; options and data are remembered")(
+      "eval-every", size(o.eval_every), "steps; 0: twenty times in the run")(
+      "checkpoint-every", size(o.checkpoint_every), "steps; 0: at every evaluation")(
+      "patience", size(o.patience), "stop after so many evaluations without improvement; 0: never")(
+      "metric", po::value(&o.metric)->default_value(o.metric),
+      "mcc | accuracy | auroc | loss: which model is best")(
+      "max-minutes",
+      po::value(&o.max_minutes)->default_value(o.max_minutes, fmt::format("{:g}", o.max_minutes)),
+      "stop after this, with an evaluation and a checkpoint; 0: no limit")(
+      "log", po::value(&o.log)->default_value(o.log), "JSON lines; default MODEL/train/log.jsonl");
+  all.add(network).add(data).add(steps).add(run);
+  return all;
+}
+
+struct Given {
+  TrainOptions options;
+  CommonOptions common;
+  po::variables_map values;
+};
+
+// Options over the defaults in `base`. False: help was asked for.
+bool parse_over(int argc, char** argv, const TrainOptions& base, Given& given) {
+  given = {};
+  given.options = base;
+  given.common.seed = base.seed;
+  given.common.threads = base.threads;
+  bool no_reverse_complement = false;
+  po::options_description options = describe(given.options, no_reverse_complement);
+  options.add(describe(given.common));
+  if (!parse(argc, argv, "train [options] DATA… -o MODEL", kText, options, {"data"}, true,
+             given.values))
+    return false;
+  given.options.reverse_complement = !no_reverse_complement;
+  given.options.seed = given.common.seed;
+  given.options.threads = given.common.threads;
+  return true;
+}
+
+// --preset NAME or --preset=NAME, before anything else is read, so that --help shows what it sets.
+std::string preset_named(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word.starts_with("--preset=")) return word.substr(9);
+    if (word == "--preset" && i + 1 < argc) return argv[i + 1];
+  }
+  return TrainOptions{}.preset;
+}
+
+}  // namespace
+
+int run_train(int argc, char** argv) {
+  TrainOptions base;
+  apply_preset(preset_named(argc, argv), base);
+  Given given;
+  if (!parse_over(argc, argv, base, given)) return 0;
+  if (given.options.out.empty()) throw UsageError("no model folder to write to: -o MODEL");
+  if (given.options.resume && has_checkpoint(given.options.out)) {
+    base = parse_train_options(peek_checkpoint(given.options.out).options);
+    if (!parse_over(argc, argv, base, given)) return 0;
+  } else if (given.options.preset != base.preset) {  // from --config
+    apply_preset(given.options.preset, base = {});
+    if (!parse_over(argc, argv, base, given)) return 0;
+  }
+  TrainOptions& options = given.options;
+  if (options.data.empty()) throw UsageError("no data to train on");
+  if (!options.from.empty()) {  // the network is that model's
+    const Config config = read_config(options.from);
+    const auto same = [&](const char* name, int64_t& member, int64_t value) {
+      check(given.values[name].defaulted() || member == value, "--{} {}: '{}' has {}", name, member,
+            options.from, value);
+      member = value;
+    };
+    same("d-model", options.d, config.d);
+    same("layers", options.layers, static_cast<int64_t>(config.layers.size()));
+    same("state", options.n, config.n);
+  }
+
+  const auto backend = make_backend(given.common);
+  struct sigaction action = {}, before_interrupt = {}, before_terminate = {};
+  action.sa_handler = note_signal;
+  action.sa_flags = static_cast<int>(SA_RESETHAND);  // a second Ctrl-C ends at once
+  sigaction(SIGINT, &action, &before_interrupt);
+  sigaction(SIGTERM, &action, &before_terminate);
+
+  const bool terminal = isatty(STDERR_FILENO) != 0;
+  TrainHooks hooks;
+  hooks.line = [&](const std::string& text) {
+    std::fprintf(stderr, "%s%s\n", terminal ? "\r\033[K" : "", text.c_str());
+  };
+  if (terminal)
+    hooks.progress = [](const std::string& text) {
+      std::fprintf(stderr, "\r\033[K%s", text.c_str());
+    };
+  hooks.interrupted = [] { return static_cast<int>(signal_number); };
+  return train(*backend, options, hooks);
+}
+
+}  // namespace coil

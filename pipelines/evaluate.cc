@@ -1,0 +1,248 @@
+// Accuracy, recall, F1, MCC, AUROC and the confusion matrix; a model run over labelled examples.
+//   MCC (Gorodkin 2004, equation 8): (c s - sum_k p_k t_k) / sqrt((s^2 - sum p_k^2)(s^2 - sum
+//   t_k^2)), with s examples, c of them right, t_k truly and p_k predicted of class k. AUROC: (sum
+//   of the positives' ranks - P(P+1)/2) / (P N), ties sharing their mean rank.
+
+#include "pipelines/evaluate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numbers>
+#include <numeric>
+
+#include "genomics/alphabet.h"
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+double auroc(std::span<const int32_t> truth, std::span<const double> probabilities, int64_t classes,
+             int32_t positive) {
+  std::vector<int64_t> order(truth.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  const auto value = [&](int64_t i) { return probabilities[i * classes + positive]; };
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return value(a) < value(b); });
+  double ranks = 0, positives = 0;
+  for (size_t begin = 0; begin < order.size();) {
+    size_t end = begin + 1;
+    while (end < order.size() && value(order[end]) == value(order[begin])) ++end;
+    const double rank = (static_cast<double>(begin + 1) + static_cast<double>(end)) / 2;
+    for (; begin < end; ++begin) {
+      if (truth[order[begin]] != positive) continue;
+      ranks += rank;
+      ++positives;
+    }
+  }
+  const double negatives = static_cast<double>(truth.size()) - positives;
+  if (positives == 0 || negatives == 0) return kNan;
+  return (ranks - positives * (positives + 1) / 2) / (positives * negatives);
+}
+
+// Which rows of a batch belong to which item, and the ids themselves.
+struct Strand {
+  int64_t item;
+  bool reverse;
+};
+
+std::vector<uint8_t> codes_of(const Examples& all, const Example& item, bool reverse) {
+  const auto from = all.codes[item.record].begin() + item.begin;
+  std::vector<uint8_t> codes(from, from + item.length);
+  if (reverse) dna::reverse_complement(codes);
+  return codes;
+}
+
+class Evaluator {
+ public:
+  Evaluator(Backend& backend, const Model& model, const Examples& all,
+            std::span<const Example> items, const EvaluateOptions& options)
+      : backend_(backend),
+        model_(model),
+        all_(all),
+        items_(items),
+        options_(options),
+        lm_(model.config.objective == Objective::lm),
+        classes_(static_cast<int64_t>(model.config.labels.size())) {}
+
+  Evaluation run() {
+    if (!lm_) result_.probabilities.assign(items_.size() * classes_, 0.0);
+    for (size_t i = 0; i < items_.size(); ++i) {
+      for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand) {
+        const auto length = items_[i].length;
+        if (length > options_.batch_tokens) {
+          long_item({static_cast<int64_t>(i), strand == 1});
+          continue;
+        }
+        if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
+        const std::vector<uint8_t> codes = codes_of(all_, items_[i], strand == 1);
+        pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
+        ids_.insert(ids_.end(), codes.begin(), codes.end());
+        batch_.push_back({static_cast<int64_t>(i), strand == 1});
+      }
+    }
+    flush();
+    if (lm_) {
+      result_.metrics.count = counted_ / (options_.both_strands ? 2 : 1);
+      result_.metrics.loss = counted_ ? nats_ / static_cast<double>(counted_) : kNan;
+      result_.bits_per_base = result_.metrics.loss / std::numbers::ln2;
+      return std::move(result_);
+    }
+    std::vector<int32_t> truth;
+    for (const Example& item : items_) truth.push_back(item.label);
+    result_.metrics = measure(truth, result_.probabilities, classes_);
+    return std::move(result_);
+  }
+
+ private:
+  void flush() {
+    if (ids_.empty()) return;
+    const Rows rows(backend_, std::move(pieces_));
+    const int64_t t = rows.total();
+    const Tensor h =  // (t, d)
+        hidden(backend_, model_, host_view(ids_.data(), DType::i32, {t}), rows, nullptr);
+    if (lm_) {
+      const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
+      for (const Piece& piece : rows.pieces())
+        add_likelihood(logits.view().slice(piece.begin, piece.length),
+                       std::span(ids_).subspan(piece.begin, piece.length));
+    } else {
+      const Tensor logits = class_logits(backend_, model_, h, rows, nullptr);  // (m, classes)
+      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(logits, i, batch_[i].item);
+    }
+    pieces_ = {};
+    ids_.clear();
+    batch_.clear();
+  }
+
+  // An item longer than a batch: pieces of a batch's length, one state slot.
+  void long_item(Strand strand) {
+    flush();
+    const std::vector<uint8_t> codes = codes_of(all_, items_[strand.item], strand.reverse);
+    const auto length = static_cast<int64_t>(codes.size());
+    State state(backend_, model_.config, 1);
+    for (int64_t at = 0; at < length; at += options_.batch_tokens) {
+      const int64_t t = std::min(options_.batch_tokens, length - at);
+      const bool last = at + t == length;
+      std::vector<int32_t> ids(codes.begin() + at, codes.begin() + at + t);
+      const Rows rows(backend_, {{.begin = 0,
+                                  .length = t,
+                                  .position = at,
+                                  .from = at == 0 ? -1 : 0,
+                                  .to = 0,
+                                  .last = last}});
+      const Tensor h =  // (t, d)
+          hidden(backend_, model_, host_view(ids.data(), DType::i32, {t}), rows, &state);
+      if (lm_) {
+        const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
+        if (!last) ids.push_back(codes[at + t]);               // what the piece's last row predicts
+        add_likelihood(logits, ids);
+      } else {
+        const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
+        if (last) add_probabilities(logits, 0, strand.item);
+      }
+    }
+  }
+
+  // Row i of logits predicts ids[i + 1].
+  void add_likelihood(View logits, std::span<const int32_t> ids) {
+    const auto rows = std::min(logits.rows(), static_cast<int64_t>(ids.size()) - 1);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int32_t target = ids[i + 1];
+      if (target < dna::kA || target > dna::kT) continue;
+      const float* row = logits.row<float>(i);
+      const double top = *std::max_element(row + dna::kA, row + dna::kT + 1);
+      double sum = 0;
+      for (int base = dna::kA; base <= dna::kT; ++base) sum += std::exp(row[base] - top);
+      nats_ += std::log(sum) + top - row[target];
+      ++counted_;
+    }
+  }
+
+  void add_probabilities(View logits, int64_t row_index, int64_t item) {
+    const float* row = logits.row<float>(row_index);
+    const double top = *std::max_element(row, row + classes_);
+    double sum = 0;
+    for (int64_t k = 0; k < classes_; ++k) sum += std::exp(row[k] - top);
+    const double share = options_.both_strands ? 0.5 : 1.0;
+    for (int64_t k = 0; k < classes_; ++k)
+      result_.probabilities[item * classes_ + k] += share * std::exp(row[k] - top) / sum;
+  }
+
+  Backend& backend_;
+  const Model& model_;
+  const Examples& all_;
+  std::span<const Example> items_;
+  EvaluateOptions options_;
+  bool lm_;
+  int64_t classes_;
+  Evaluation result_;
+  double nats_ = 0;
+  int64_t counted_ = 0;
+  std::vector<int32_t> ids_;  // (t)
+  std::vector<Piece> pieces_;
+  std::vector<Strand> batch_;
+};
+
+}  // namespace
+
+Metrics measure(std::span<const int32_t> truth, std::span<const double> probabilities,
+                int64_t classes) {
+  COIL_ASSERT(probabilities.size() == truth.size() * static_cast<size_t>(classes));
+  Metrics m;
+  m.count = static_cast<int64_t>(truth.size());
+  m.confusion.assign(classes, std::vector<int64_t>(classes, 0));
+  m.recall.assign(classes, kNan);
+  m.precision.assign(classes, kNan);
+  m.auroc = kNan;
+  if (truth.empty()) return m;
+  for (size_t i = 0; i < truth.size(); ++i) {
+    COIL_ASSERT(truth[i] >= 0 && truth[i] < classes);
+    const auto row = probabilities.subspan(i * classes, classes);
+    ++m.confusion[truth[i]][std::max_element(row.begin(), row.end()) - row.begin()];
+    // Smallest normal double: a probability that underflowed is a large loss, not an infinite one.
+    m.loss -= std::log(std::max(row[truth[i]], std::numeric_limits<double>::min()));
+    if (std::isnan(row[truth[i]])) m.loss = kNan;  // max() would hide it
+  }
+  const auto s = static_cast<double>(truth.size());
+  m.loss /= s;
+  double right = 0, sum_pt = 0, sum_pp = 0, sum_tt = 0, f1 = 0, area = 0;
+  int64_t present = 0, areas = 0;
+  for (int64_t k = 0; k < classes; ++k) {
+    double t = 0, p = 0;
+    for (int64_t j = 0; j < classes; ++j) {
+      t += static_cast<double>(m.confusion[k][j]);
+      p += static_cast<double>(m.confusion[j][k]);
+    }
+    const auto hit = static_cast<double>(m.confusion[k][k]);
+    right += hit;
+    sum_pt += p * t;
+    sum_pp += p * p;
+    sum_tt += t * t;
+    if (t > 0) m.recall[k] = hit / t;
+    if (p > 0) m.precision[k] = hit / p;
+    if (t + p > 0) {
+      f1 += 2 * hit / (t + p);
+      ++present;
+    }
+    if (classes == 2 && k == 0) continue;  // the area of class 1 alone
+    const double one = auroc(truth, probabilities, classes, static_cast<int32_t>(k));
+    if (std::isnan(one)) continue;
+    area += one;
+    ++areas;
+  }
+  m.accuracy = right / s;
+  m.macro_f1 = f1 / static_cast<double>(present);
+  const double spread = (s * s - sum_pp) * (s * s - sum_tt);
+  m.mcc = spread > 0 ? (right * s - sum_pt) / std::sqrt(spread) : 0;
+  if (areas > 0) m.auroc = area / static_cast<double>(areas);
+  return m;
+}
+
+Evaluation evaluate(Backend& backend, const Model& model, const Examples& all,
+                    std::span<const Example> items, const EvaluateOptions& options) {
+  return Evaluator(backend, model, all, items, options).run();
+}
+
+}  // namespace coil

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "model/batch.h"
 #include "model/head.h"
 
 namespace coil {
@@ -18,7 +19,21 @@ struct Metrics {
   std::vector<double> recall, precision;        // per class; NaN where a class is absent
   std::vector<std::vector<int64_t>> confusion;  // [true][predicted]
 };
-// probabilities: count x classes, row-major.
-Metrics measure(std::span<const int32_t> truth, std::span<const double> probabilities, int64_t classes);
+// probabilities: count x classes, row-major. MCC is 0 where it is undefined, AUROC NaN where fewer
+// than two classes are present; macro-F1 is over the classes present in truth or prediction.
+Metrics measure(std::span<const int32_t> truth, std::span<const double> probabilities,
+                int64_t classes);
+
+struct EvaluateOptions {
+  int64_t batch_tokens = 16384;  // memory; longer items are read in pieces, their state carried
+  bool both_strands = true;      // classify: probabilities averaged; lm: log-likelihoods
+};
+struct Evaluation {
+  Metrics metrics;                    // classify; of an lm: count (bases) and loss only
+  std::vector<double> probabilities;  // classify: items x classes
+  double bits_per_base = 0;  // lm: over A C G T only, N skipped, the first base not counted
+};
+Evaluation evaluate(Backend& backend, const Model& model, const Examples& all,
+                    std::span<const Example> items, const EvaluateOptions& options);
 
 }  // namespace coil

@@ -1,0 +1,471 @@
+// The loop. A step: draw a batch, loss and gradients, AdamW at the step's learning rate. An
+// evaluation: validation, a line, the model kept if it is the best so far; then a checkpoint. Order
+// matters for --resume: the best model is written before the checkpoint that knows of it, so that a
+// kill between the two only repeats its writing.
+
+#include "pipelines/train.h"
+
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "genomics/alphabet.h"
+#include "genomics/dataset.h"
+#include "kernels/error.h"
+#include "model/checkpoint.h"
+#include "pipelines/batches.h"
+#include "pipelines/run_log.h"
+
+namespace coil {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+using Clock = std::chrono::steady_clock;
+
+constexpr double kExploded = 100;         // times the loss of guessing
+constexpr int64_t kEvaluations = 20;      // in a run, unless asked otherwise
+constexpr int64_t kDefaultWindow = 1024;  // of language modelling
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// FNV-1a over what is trained and validated on: a resumed run must see the same data, wherever it
+// lies now.
+uint64_t fingerprint(const Examples& all, uint64_t hash = 0xcbf29ce484222325) {
+  const auto mix = [&](const void* data, size_t bytes) {
+    const auto* at = static_cast<const uint8_t*>(data);
+    for (size_t i = 0; i < bytes; ++i) hash = (hash ^ at[i]) * 0x100000001b3;
+  };
+  for (const auto& codes : all.codes) mix(codes.data(), codes.size());
+  for (const auto& label : all.labels) mix(label.c_str(), label.size() + 1);
+  for (const Example& item : all.items) {
+    const int64_t fields[] = {item.record, item.begin, item.length, item.label};
+    mix(fields, sizeof fields);
+  }
+  return hash;
+}
+
+int64_t bases(std::span<const Example> items) {
+  int64_t total = 0;
+  for (const Example& item : items) total += item.length;
+  return total;
+}
+
+// What a checkpoint keeps beside weights and moments.
+struct Progress {
+  double best_metric = 0, best_loss = 0;
+  int64_t best_step = -1, stale = 0, tokens = 0, last_evaluation = 0;
+  double loss_sum = 0, loss_weight = 0;  // since the last evaluation
+  double seconds = 0;                    // of training, over all sittings
+  bool finished = false;
+};
+
+class Trainer {
+ public:
+  Trainer(Backend& backend, TrainOptions options, const TrainHooks& hooks)
+      : backend_(backend), options_(std::move(options)), hooks_(hooks) {}
+
+  int run() {
+    begin();
+    if (progress_.finished) {
+      say("this run is finished already");
+      return 0;
+    }
+    const int signal = loop();
+    if (signal != 0) {
+      say(fmt::format("stopped by {} at step {}; to go on: coil train --resume -o {}",
+                      signal == 2 ? "Ctrl-C" : fmt::format("signal {}", signal), step_,
+                      options_.out));
+      return 128 + signal;
+    }
+    return 0;
+  }
+
+ private:
+  void say(const std::string& text) const {
+    if (hooks_.line) hooks_.line(text);
+  }
+  int interrupted() const { return hooks_.interrupted ? hooks_.interrupted() : 0; }
+  bool lm() const { return options_.objective == Objective::lm; }
+
+  void begin();
+  void check_folder() const;
+  void read_data();
+  Config network() const;
+  void resolve();
+  void restore();
+  int loop();
+  void train_step();
+  void evaluate_now();
+  void save();
+  [[noreturn]] void exploded(const std::string& what) const;
+  CardFacts facts(const RunPoint& point) const;
+
+  Backend& backend_;
+  TrainOptions options_;
+  const TrainHooks& hooks_;
+  Examples all_, validation_;
+  Partition parts_;  // held_out refers to validation_ where --validation is given, else to all_
+  std::unique_ptr<Batches> batches_;
+  std::vector<float> class_weights_;
+  Model model_, grad_;
+  std::unique_ptr<Optimizer> optimizer_;
+  std::unique_ptr<RunLog> log_;
+  Progress progress_;
+  std::string data_hash_;
+  int64_t step_ = 0, first_step_ = 0;  // first_step_: where this sitting began
+  Clock::time_point started_ = Clock::now(), rate_start_;
+  double seconds_before_ = 0;  // of earlier sittings
+  int64_t rate_tokens_ = 0;    // since rate_start_, evaluations left out
+};
+
+void Trainer::check_folder() const {
+  check(!options_.out.empty(), "no model folder to write to: -o MODEL");
+  if (!fs::exists(options_.out)) return;
+  check(fs::is_directory(options_.out), "'{}' is not a folder", options_.out);
+  if (options_.resume) {
+    if (!has_checkpoint(options_.out) && fs::exists(fs::path(options_.out) / "model.safetensors"))
+      fail("'{}' holds a model but no checkpoint to resume from", options_.out);
+    return;
+  }
+  if (!fs::is_empty(options_.out))
+    throw Error(fmt::format("model folder '{}' is not empty", options_.out),
+                "--resume continues its run; or name another folder with -o");
+}
+
+void Trainer::read_data() {
+  if (lm() && options_.max_length == 0) options_.max_length = kDefaultWindow;
+  if (options_.max_length > 0 && options_.min_length == 0)
+    options_.min_length = options_.max_length;
+  check(options_.min_length <= options_.max_length, "--min-length {} is more than --max-length {}",
+        options_.min_length, options_.max_length);
+  check(options_.validation_fraction >= 0 && options_.validation_fraction <= 0.5,
+        "--validation-fraction {} is not between 0 and 0.5", options_.validation_fraction);
+  DatasetOptions dataset{.sequence_column = options_.sequence_column,
+                         .label_column = options_.label_column,
+                         .table = options_.table,
+                         .min_length = options_.min_length,
+                         .max_length = options_.max_length,
+                         .labels = {},
+                         .labelled = !lm()};
+  all_ = read_examples(options_.data, dataset);
+  const double fraction = options_.validation.empty() ? options_.validation_fraction : 0;
+  parts_ = partition(all_, fraction, options_.min_length, options_.max_length, options_.seed);
+  uint64_t hash = fingerprint(all_);
+  if (!options_.validation.empty()) {
+    dataset.labels = all_.labels;
+    validation_ = read_examples({options_.validation}, dataset);
+    hash = fingerprint(validation_, hash);
+    parts_.held_out = options_.max_length == 0
+                          ? validation_.items
+                          : cut_windows(whole_records(validation_), options_.min_length,
+                                        options_.max_length, options_.seed);
+  }
+  data_hash_ = fmt::format("{:016x}", hash);
+  parts_.held_out = thin(std::move(parts_.held_out), options_.validation_tokens);
+  check(!parts_.train.empty(), "no training examples are left beside the validation set");
+  batches_ =
+      std::make_unique<Batches>(all_, parts_.train,
+                                BatchOptions{.objective = options_.objective,
+                                             .batch_tokens = options_.batch_tokens,
+                                             .min_length = options_.min_length,
+                                             .max_length = options_.max_length,
+                                             .reverse_complement = options_.reverse_complement,
+                                             .mutate = options_.mutate,
+                                             .seed = options_.seed});
+}
+
+Config Trainer::network() const {
+  Config config;
+  if (!options_.from.empty()) {
+    config = read_config(options_.from);
+    check(config.alphabet == "dna" && config.vocab == dna::kVocab,
+          "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
+          config.alphabet, config.vocab, dna::kVocab);
+  } else {
+    config.d = options_.d;
+    config.e = 2 * options_.d;
+    config.n = options_.n;
+    config.dt_rank = (options_.d + 15) / 16;
+    config.layers.assign(options_.layers, LayerConfig{});
+  }
+  config.vocab = dna::kVocab;
+  config.alphabet = "dna";
+  config.objective = options_.objective;
+  config.pooling = options_.pooling;
+  config.labels = all_.labels;
+  config.unknown.clear();
+  return config;
+}
+
+// What "0: automatic" stands for is settled once and recorded.
+void Trainer::resolve() {
+  options_.threads = backend_.threads();
+  if (options_.metric.empty()) options_.metric = lm() ? "loss" : "mcc";
+  const bool known = options_.metric == "loss" ||
+                     (!lm() && (options_.metric == "mcc" || options_.metric == "accuracy" ||
+                                options_.metric == "auroc"));
+  check(known, "--metric {}: expected {}", options_.metric,
+        lm() ? "loss" : "mcc, accuracy, auroc or loss");
+  if (options_.steps == 0) {
+    const double tokens = options_.epochs * static_cast<double>(batches_->tokens());
+    options_.steps = std::max<int64_t>(
+        1, std::llround(std::ceil(tokens / static_cast<double>(options_.batch_tokens))));
+  }
+  if (options_.eval_every == 0)
+    options_.eval_every = std::max<int64_t>(1, (options_.steps + kEvaluations - 1) / kEvaluations);
+  if (options_.checkpoint_every == 0) options_.checkpoint_every = options_.eval_every;
+  if (options_.log.empty())
+    options_.log = (fs::path(options_.out) / "train" / "log.jsonl").string();
+}
+
+void Trainer::begin() {
+  check_folder();
+  read_data();
+  resolve();
+  const Config config = network();
+  options_.d = config.d;
+  options_.layers = static_cast<int64_t>(config.layers.size());
+  options_.n = config.n;
+  model_ = make_model(backend_, config, options_.seed);
+  grad_ = zeros_like(backend_, model_);
+  optimizer_ = std::make_unique<Optimizer>(
+      backend_, model_,
+      OptimizerOptions{
+          .lr = options_.lr, .weight_decay = options_.weight_decay, .clip = options_.clip});
+
+  say(fmt::format("{} training examples ({} bases), {} for validation ({} bases){}",
+                  with_commas(static_cast<int64_t>(parts_.train.size())),
+                  with_commas(bases(parts_.train)),
+                  with_commas(static_cast<int64_t>(parts_.held_out.size())),
+                  with_commas(bases(parts_.held_out)),
+                  lm() ? "" : fmt::format(", {} classes", all_.labels.size())));
+  say(fmt::format(
+      "{} layers, d {}, n {}: {} parameters; {} steps of {} tokens, learning rate {:g}, {} threads",
+      options_.layers, options_.d, options_.n, with_commas(parameters(config)),
+      with_commas(options_.steps), with_commas(options_.batch_tokens), options_.lr,
+      options_.threads));
+  if (options_.balance && !lm()) {
+    std::vector<double> counts(all_.labels.size(), 0);
+    for (const Example& item : parts_.train) counts[item.label] += 1;
+    for (const double count : counts)
+      class_weights_.push_back(
+          static_cast<float>(static_cast<double>(parts_.train.size()) /
+                             (static_cast<double>(counts.size()) * std::max(1.0, count))));
+  }
+  if (options_.resume && has_checkpoint(options_.out)) {
+    restore();
+    return;
+  }
+  if (!options_.from.empty()) {
+    const std::vector<std::string> taken = load_matching(backend_, model_, options_.from);
+    check(!taken.empty(), "'{}' has no tensor in common with this model", options_.from);
+    say(fmt::format("{} tensors taken from {}", taken.size(), options_.from));
+  }
+  fs::create_directories(fs::path(options_.out) / "train");
+  log_ = std::make_unique<RunLog>(options_.log, -1);
+  json start = json::parse(to_json(options_));
+  start["event"] = "start";
+  start["step"] = 0;
+  start["parameters"] = parameters(config);
+  log_->add(start.dump());
+  save();
+}
+
+void Trainer::restore() {
+  const Checkpoint kept = peek_checkpoint(options_.out);
+  const TrainOptions then = parse_train_options(kept.options);
+  const json cursor = json::parse(kept.cursor);
+  // Options first: another network would not load at all.
+  const std::string other = differences(then, options_);
+  if (!other.empty())
+    throw Error(
+        fmt::format("'{}' was trained with other options: {}", options_.out, other),
+        "resume with the same options (none need be given), or name another folder with -o");
+  check(cursor.at("data") == data_hash_,
+        "the data differ from those that '{}' was trained on (fingerprint {} then, {} now)",
+        options_.out, cursor.at("data").get<std::string>(), data_hash_);
+  load_checkpoint(backend_, options_.out, model_, *optimizer_);
+  step_ = first_step_ = kept.step;
+  batches_->epoch = cursor.at("epoch");
+  batches_->next = cursor.at("next");
+  progress_ = {.best_metric = cursor.at("best_metric"),
+               .best_loss = cursor.at("best_loss"),
+               .best_step = cursor.at("best_step"),
+               .stale = cursor.at("stale"),
+               .tokens = cursor.at("tokens"),
+               .last_evaluation = cursor.at("last_evaluation"),
+               .loss_sum = cursor.at("loss_sum"),
+               .loss_weight = cursor.at("loss_weight"),
+               .seconds = cursor.at("seconds"),
+               .finished = cursor.at("finished")};
+  seconds_before_ = progress_.seconds;
+  log_ = std::make_unique<RunLog>(options_.log, step_);
+  say(fmt::format("resumed at step {} of {}", step_, options_.steps));
+  if (then.threads != options_.threads)
+    say(fmt::format("note: {} threads then, {} now: results will differ in their last bits",
+                    then.threads, options_.threads));
+}
+
+int Trainer::loop() {
+  started_ = rate_start_ = Clock::now();
+  auto shown = started_;
+  while (step_ < options_.steps) {
+    train_step();
+    const bool late =
+        options_.max_minutes > 0 && seconds_since(started_) >= 60 * options_.max_minutes;
+    const int signal = interrupted();
+    const bool last = step_ == options_.steps;
+    const bool due = last || late || step_ % options_.eval_every == 0;
+    if (due) evaluate_now();  // after a signal too: it would be missing from a resumed run
+    const bool patience_ends = options_.patience > 0 && progress_.stale >= options_.patience;
+    progress_.finished = last || patience_ends;
+    if (due || signal != 0 || step_ % options_.checkpoint_every == 0) save();
+    if (signal != 0) return signal;
+    if (patience_ends && !last)
+      say(fmt::format("no improvement in {} evaluations: stopped", options_.patience));
+    if (late && !last)
+      say(fmt::format("stopped after {} at step {}; to go on: coil train --resume -o {}",
+                      duration(seconds_since(started_)), step_, options_.out));
+    if (last || late || patience_ends) break;
+    if (hooks_.progress && seconds_since(shown) > 0.5) {
+      shown = Clock::now();
+      const double rate = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
+      hooks_.progress(
+          fmt::format("step {}/{}  loss {:.4f}  {:.1f}k tok/s", step_, options_.steps,
+                      progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0.0,
+                      rate / 1000));
+    }
+  }
+  if (progress_.best_step >= 0)
+    say(fmt::format("best {} {:.4f} at step {}: {}", options_.metric, progress_.best_metric,
+                    progress_.best_step, options_.out));
+  return 0;
+}
+
+void Trainer::train_step() {
+  Batch batch = batches_->draw(step_ + 1);
+  const auto t = static_cast<int64_t>(batch.ids.size());
+  const auto m = static_cast<int64_t>(batch.targets.size());
+  const Rows rows(backend_, std::move(batch.pieces));
+  const View weights = class_weights_.empty()
+                           ? View{}
+                           : host_view(class_weights_.data(), DType::f32,
+                                       {static_cast<int64_t>(class_weights_.size())});
+  const BatchLoss loss =
+      batch_loss(backend_, model_, host_view(batch.ids.data(), DType::i32, {t}), rows,
+                 host_view(batch.targets.data(), DType::i32, {m}), weights, &grad_);
+  ++step_;
+  const double mean = loss.weight > 0 ? loss.sum / loss.weight : 0;
+  const double guess =
+      std::log(static_cast<double>(lm() ? dna::kVocab : std::max<int64_t>(2, all_.labels.size())));
+  if (!std::isfinite(mean) || mean > kExploded * guess)
+    exploded(fmt::format("the loss is {:g}", mean));
+  const double norm = optimizer_->step(backend_, model_, grad_, learning_rate(options_, step_));
+  if (!std::isfinite(norm)) exploded(fmt::format("the gradient's norm is {:g}", norm));
+  progress_.loss_sum += loss.sum;
+  progress_.loss_weight += loss.weight;
+  progress_.tokens += t;
+  rate_tokens_ += t;
+}
+
+void Trainer::exploded(const std::string& what) const {
+  const int64_t kept = peek_checkpoint(options_.out).step;
+  throw Error(
+      fmt::format(
+          "step {}: {}: training stopped; the checkpoint of step {} in '{}' is the last good one",
+          step_, what, kept, options_.out),
+      fmt::format("start again with a learning rate below {:g} (--lr)", options_.lr));
+}
+
+void Trainer::evaluate_now() {
+  RunPoint point{
+      .step = step_,
+      .steps = options_.steps,
+      .tokens = progress_.tokens,
+      .train_loss = progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0,
+      .learning_rate = learning_rate(options_, step_)};
+  point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
+  if (!parts_.held_out.empty())
+    point.validation = evaluate(
+        backend_, model_, options_.validation.empty() ? all_ : validation_, parts_.held_out,
+        {.batch_tokens = options_.batch_tokens, .both_strands = options_.reverse_complement});
+  const Metrics& m = point.validation.metrics;
+  // Without a validation set the last model stands.
+  double metric = static_cast<double>(step_), loss = 0;
+  if (m.count > 0) {
+    loss = m.loss;
+    if (!std::isfinite(loss)) exploded(fmt::format("the validation loss is {:g}", loss));
+    metric = options_.metric == "mcc"        ? m.mcc
+             : options_.metric == "accuracy" ? m.accuracy
+             : options_.metric == "auroc"    ? m.auroc
+                                             : loss;
+  }
+  const double sign = options_.metric == "loss" && m.count > 0 ? -1 : 1;
+  const bool better = sign * metric > sign * progress_.best_metric ||
+                      (metric == progress_.best_metric && loss < progress_.best_loss);
+  point.best = progress_.best_step < 0 || better;
+  const double trained = seconds_before_ + seconds_since(started_);
+  point.seconds = trained;
+  const auto left = static_cast<double>(options_.steps - step_);
+  point.seconds_left = left * seconds_since(started_) /
+                       static_cast<double>(std::max<int64_t>(1, step_ - first_step_));
+  if (point.best) {
+    progress_.best_metric = metric;
+    progress_.best_loss = loss;
+    progress_.best_step = step_;
+    progress_.stale = 0;
+    save_model(backend_, model_, options_.out);
+    write_file_atomically((fs::path(options_.out) / "README.md").string(),
+                          model_card(options_, model_.config, facts(point)));
+  } else {
+    ++progress_.stale;
+  }
+  progress_.loss_sum = progress_.loss_weight = 0;
+  progress_.last_evaluation = step_;
+  say(describe(point, options_.objective));
+  log_->add(to_json(point, options_.objective));
+  rate_start_ = Clock::now();
+  rate_tokens_ = 0;
+}
+
+CardFacts Trainer::facts(const RunPoint& point) const {
+  return {.train_examples = static_cast<int64_t>(parts_.train.size()),
+          .train_bases = bases(parts_.train),
+          .held_out = static_cast<int64_t>(parts_.held_out.size()),
+          .held_out_bases = bases(parts_.held_out),
+          .metric = options_.metric,
+          .best = point};
+}
+
+void Trainer::save() {
+  progress_.seconds = seconds_before_ + (step_ > 0 ? seconds_since(started_) : 0);
+  const json cursor = {{"data", data_hash_},
+                       {"epoch", batches_->epoch},
+                       {"next", batches_->next},
+                       {"best_metric", progress_.best_metric},
+                       {"best_loss", progress_.best_loss},
+                       {"best_step", progress_.best_step},
+                       {"stale", progress_.stale},
+                       {"tokens", progress_.tokens},
+                       {"last_evaluation", progress_.last_evaluation},
+                       {"loss_sum", progress_.loss_sum},
+                       {"loss_weight", progress_.loss_weight},
+                       {"seconds", progress_.seconds},
+                       {"finished", progress_.finished}};
+  save_checkpoint(backend_, options_.out,
+                  {.step = step_, .options = to_json(options_), .cursor = cursor.dump()}, model_,
+                  *optimizer_);
+}
+
+}  // namespace
+
+int train(Backend& backend, TrainOptions options, const TrainHooks& hooks) {
+  return Trainer(backend, std::move(options), hooks).run();
+}
+
+}  // namespace coil

@@ -1,0 +1,73 @@
+// What a step of training sees. Whole records: shuffled epochs, as many records as fit in a batch.
+// Windows: drawn anew every step, class first (each equally often), then a place in the class's
+// sequence, then a length, log-uniform. Everything is a function of (seed, step) and of the cursor:
+// a resumed run draws the same.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/tensor.h"
+#include "model/batch.h"
+#include "model/config.h"
+
+namespace coil {
+
+// Training examples (with windows: stretches that windows are drawn from) and held-out examples.
+struct Partition {
+  std::vector<Example> train, held_out;
+};
+// Whole records: a stratified split. Windows: one contiguous stretch of `fraction` of every long
+// record is held out, so that no training window overlaps it, and cut into windows of drawn
+// lengths; sets of short records are split by record. fraction 0: everything is for training.
+Partition partition(Examples& all, double fraction, int64_t min_length, int64_t max_length,
+                    uint64_t seed);
+// The stretches and windows of a set of its own.
+std::vector<Example> whole_records(const Examples& all);
+std::vector<Example> cut_windows(std::span<const Example> stretches, int64_t min_length,
+                                 int64_t max_length, uint64_t seed);
+// At most `tokens` in all (0: no limit), taken evenly.
+std::vector<Example> thin(std::vector<Example> items, int64_t tokens);
+
+struct Batch {
+  std::vector<int32_t> ids;      // (t)
+  std::vector<int32_t> targets;  // lm: (t), the next id, -1 not counted; classify: (m)
+  std::vector<Piece> pieces;
+  void add(std::span<const uint8_t> codes, int32_t label, Objective objective);
+};
+
+struct BatchOptions {
+  Objective objective = Objective::classify;
+  int64_t batch_tokens = 16384, min_length = 0, max_length = 0;
+  bool reverse_complement = true;
+  double mutate = 0;
+  uint64_t seed = 1;
+};
+
+class Batches {
+ public:
+  Batches(const Examples& all, std::vector<Example> train, const BatchOptions& options);
+  Batch draw(int64_t step);
+  int64_t tokens() const { return tokens_; }  // of one epoch
+
+  int64_t epoch = 0, next = 0;  // the cursor: of whole records
+
+ private:
+  Batch draw_records(int64_t step);
+  Batch draw_windows(int64_t step);
+  void add(Batch& batch, const Example& item, class Philox& random) const;
+
+  struct Pool {  // a class's stretches
+    std::vector<Example> stretches;
+    std::vector<int64_t> ends;  // running sum of lengths
+  };
+  const Examples& all_;
+  std::vector<Example> train_;
+  BatchOptions options_;
+  std::vector<Pool> pools_;
+  std::vector<int64_t> order_;  // of epoch order_epoch_
+  int64_t order_epoch_ = -1, tokens_ = 0;
+};
+
+}  // namespace coil

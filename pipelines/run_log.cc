@@ -1,0 +1,142 @@
+// The log of JSON lines, the line of an evaluation, the model card: see run_log.h.
+
+#include "pipelines/run_log.h"
+
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "kernels/error.h"
+#include "model/checkpoint.h"
+
+namespace coil {
+namespace {
+
+using nlohmann::json;
+
+json number(double value) { return std::isfinite(value) ? json(value) : json(nullptr); }
+
+}  // namespace
+
+std::string duration(double seconds) {
+  const auto s = static_cast<int64_t>(std::max(0.0, seconds) + 0.5);
+  if (s >= 3600) return fmt::format("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);
+  return fmt::format("{}:{:02}", s / 60, s % 60);
+}
+
+std::string with_commas(int64_t value) {
+  std::string digits = std::to_string(value);
+  for (auto at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > (value < 0 ? 1 : 0); at -= 3)
+    digits.insert(static_cast<size_t>(at), ",");
+  return digits;
+}
+
+std::string describe(const RunPoint& point, Objective objective) {
+  const Metrics& m = point.validation.metrics;
+  std::string line =
+      fmt::format("step {}/{}  loss {:.4f}", point.step, point.steps, point.train_loss);
+  if (m.count > 0) {
+    line += fmt::format("  val {:.4f}", m.loss);
+    if (objective == Objective::classify)
+      line += fmt::format("  acc {:.4f}  mcc {:.4f}  auroc {:.4f}", m.accuracy, m.mcc, m.auroc);
+    else
+      line += fmt::format("  bits/base {:.4f}", point.validation.bits_per_base);
+  }
+  line += fmt::format("  {:.1f}k tok/s  ETA {}", point.tokens_per_second / 1000,
+                      duration(point.seconds_left));
+  if (point.best) line += "  best";
+  return line;
+}
+
+std::string to_json(const RunPoint& point, Objective objective) {
+  const Metrics& m = point.validation.metrics;
+  json out = {{"event", "evaluation"},
+              {"step", point.step},
+              {"steps", point.steps},
+              {"tokens", point.tokens},
+              {"loss", number(point.train_loss)},
+              {"learning_rate", point.learning_rate},
+              {"tokens_per_second", number(point.tokens_per_second)},
+              {"seconds", point.seconds},
+              {"best", point.best}};
+  if (m.count > 0) {
+    out["validation_loss"] = number(m.loss);
+    if (objective == Objective::classify) {
+      out["accuracy"] = number(m.accuracy);
+      out["macro_f1"] = number(m.macro_f1);
+      out["mcc"] = number(m.mcc);
+      out["auroc"] = number(m.auroc);
+    } else {
+      out["bits_per_base"] = number(point.validation.bits_per_base);
+    }
+  }
+  return out.dump();
+}
+
+RunLog::RunLog(const std::string& path, int64_t resumed_step) : path_(path) {
+  std::string kept;
+  if (resumed_step >= 0) {
+    std::ifstream in(path);
+    for (std::string line; std::getline(in, line);) {
+      const json event = json::parse(line, nullptr, false);
+      if (!event.is_object() || !event.contains("step"))
+        continue;  // the last line may be cut short
+      if (event["step"].is_number_integer() && event["step"].get<int64_t>() <= resumed_step)
+        kept += line + "\n";
+    }
+  }
+  write_file_atomically(path, kept);
+}
+
+void RunLog::add(const std::string& line) {
+  std::FILE* file = std::fopen(path_.c_str(), "a");
+  check(file != nullptr, "cannot open '{}': {}", path_, std::strerror(errno));
+  const bool written = std::fputs((line + "\n").c_str(), file) >= 0;
+  check(std::fclose(file) == 0 && written, "cannot write '{}': {}", path_, std::strerror(errno));
+}
+
+std::string model_card(const TrainOptions& options, const Config& config, const CardFacts& facts) {
+  const bool lm = config.objective == Objective::lm;
+  const Metrics& m = facts.best.validation.metrics;
+  std::string card = "# A Coil model\n\n";
+  if (lm) {
+    card += "A language model of DNA: predicts each base from those before it.\n";
+  } else {
+    card += fmt::format("Classifies DNA sequences into {} classes: {}.\n", config.labels.size(),
+                        fmt::join(config.labels, ", "));
+  }
+  card += fmt::format(
+      "\n| | |\n|---|---|\n| network | Mamba, {} layers, d {}, n {}, {} parameters |\n"
+      "| made with | coil {} train |\n| data | {} |\n| training | {} examples, {} bases |\n",
+      config.layers.size(), config.d, config.n, with_commas(parameters(config)), COIL_VERSION,
+      fmt::join(options.data, ", "), with_commas(facts.train_examples),
+      with_commas(facts.train_bases));
+  card += fmt::format("| validation | {}: {} examples, {} bases |\n",
+                      options.validation.empty()
+                          ? fmt::format("{:g} of the data held out", options.validation_fraction)
+                          : options.validation,
+                      with_commas(facts.held_out), with_commas(facts.held_out_bases));
+  if (options.max_length > 0)
+    card += fmt::format("| windows | {} to {} bases |\n", options.min_length, options.max_length);
+  card += fmt::format("| this model | step {} of {}, best validation {} |\n", facts.best.step,
+                      facts.best.steps, facts.metric);
+  if (m.count > 0 && lm)
+    card +=
+        fmt::format("| validation | {:.4f} bits per base |\n", facts.best.validation.bits_per_base);
+  if (m.count > 0 && !lm)
+    card += fmt::format("| validation | accuracy {:.4f}, MCC {:.4f}, AUROC {:.4f}, loss {:.4f} |\n",
+                        m.accuracy, m.mcc, m.auroc, m.loss);
+  card +=
+      "\nThe validation figures chose this model, so they flatter it: measure it with `coil eval` "
+      "on data "
+      "that took no part in training.\n\n## Options\n\n```json\n";
+  card += json::parse(to_json(options)).dump(2);
+  card += "\n```\n";
+  return card;
+}
+
+}  // namespace coil

@@ -1,0 +1,133 @@
+// Presets, and the options of a run as JSON: kept in its checkpoints, compared on --resume.
+
+#include <algorithm>
+#include <cmath>
+#include <nlohmann/json.hpp>
+#include <numbers>
+
+#include "kernels/error.h"
+#include "pipelines/train.h"
+
+namespace coil {
+namespace {
+
+using nlohmann::json;
+
+struct Preset {
+  const char* name;
+  int64_t d, layers;
+  double lr;
+};
+constexpr Preset kPresets[] = {
+    {"dna-tiny", 64, 2, 6e-3},
+    {"dna-small", 128, 4, 4e-3},
+    {"dna-base", 256, 8, 2e-3},
+};
+
+// The one list of what is stored: f(key, member, whether another value on resume is refused).
+template <class Options, class F>
+void visit(Options& o, F f) {
+  f("data", o.data, false);  // compared by content, see train.cc
+  f("validation", o.validation, false);
+  f("validation_fraction", o.validation_fraction, true);
+  f("validation_tokens", o.validation_tokens, true);
+  f("preset", o.preset, true);
+  f("from", o.from, true);
+  f("sequence_column", o.sequence_column, true);
+  f("label_column", o.label_column, true);
+  f("table", o.table, false);
+  f("min_length", o.min_length, true);
+  f("max_length", o.max_length, true);
+  f("d", o.d, true);
+  f("layers", o.layers, true);
+  f("n", o.n, true);
+  f("steps", o.steps, true);
+  f("epochs", o.epochs, true);
+  f("batch_tokens", o.batch_tokens, true);
+  f("lr", o.lr, true);
+  f("min_lr", o.min_lr, true);
+  f("warmup", o.warmup, true);
+  f("weight_decay", o.weight_decay, true);
+  f("clip", o.clip, true);
+  f("reverse_complement", o.reverse_complement, true);
+  f("mutate", o.mutate, true);
+  f("balance", o.balance, true);
+  f("eval_every", o.eval_every, true);
+  f("checkpoint_every", o.checkpoint_every, false);
+  f("patience", o.patience, true);
+  f("metric", o.metric, true);
+  f("seed", o.seed, true);
+  f("threads", o.threads, false);  // a note, not a refusal: the machine may have changed
+}
+
+const char* name_of(Objective objective) { return objective == Objective::lm ? "lm" : "classify"; }
+const char* name_of(Pooling pooling) { return pooling == Pooling::last ? "last" : "mean"; }
+
+}  // namespace
+
+std::vector<std::string> preset_names() {
+  std::vector<std::string> names;
+  for (const Preset& preset : kPresets) names.push_back(preset.name);
+  return names;
+}
+
+void apply_preset(const std::string& name, TrainOptions& options) {
+  for (const Preset& preset : kPresets) {
+    if (preset.name != name) continue;
+    options.preset = name;
+    options.d = preset.d;
+    options.layers = preset.layers;
+    options.lr = preset.lr;
+    return;
+  }
+  throw UsageError(
+      fmt::format("unknown preset '{}': expected {}", name, fmt::join(preset_names(), ", ")));
+}
+
+std::string to_json(const TrainOptions& options) {
+  json out;
+  visit(options, [&](const char* key, const auto& value, bool) { out[key] = value; });
+  out["objective"] = name_of(options.objective);
+  out["pooling"] = name_of(options.pooling);
+  return out.dump();
+}
+
+TrainOptions parse_train_options(const std::string& text) {
+  TrainOptions options;
+  try {
+    const json in = json::parse(text);
+    visit(options, [&](const char* key, auto& value, bool) { in.at(key).get_to(value); });
+    options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;
+    options.pooling = in.at("pooling") == "last" ? Pooling::last : Pooling::mean;
+  } catch (const json::exception& error) {
+    fail("the checkpoint's options cannot be read: {}", error.what());
+  }
+  return options;
+}
+
+std::string differences(const TrainOptions& then, const TrainOptions& now) {
+  const json a = json::parse(to_json(then)), b = json::parse(to_json(now));
+  std::vector<std::string> found;
+  const auto compare = [&](const std::string& key) {
+    if (a.at(key) != b.at(key))
+      found.push_back(fmt::format("{} ({} then, {} now)", key, a.at(key).dump(), b.at(key).dump()));
+  };
+  compare("objective");
+  compare("pooling");
+  visit(now, [&](const char* key, const auto&, bool compared) {
+    if (compared) compare(key);
+  });
+  return fmt::format("{}", fmt::join(found, ", "));
+}
+
+double learning_rate(const TrainOptions& options, int64_t step) {
+  const double warm =
+      std::max(1.0, std::floor(options.warmup * static_cast<double>(options.steps)));
+  const double at = static_cast<double>(step);
+  if (at <= warm) return options.lr * at / warm;
+  const double part = (at - warm) / std::max(1.0, static_cast<double>(options.steps) - warm);
+  const double cosine = 0.5 * (1 + std::cos(std::numbers::pi * std::min(1.0, part)));
+  return options.lr * (options.min_lr + (1 - options.min_lr) * cosine);
+}
+
+}  // namespace coil
