@@ -1,0 +1,229 @@
+// Answers depend neither on chunk, batch or order of strands nor on what else is read.
+#include "pipelines/classify.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <filesystem>
+
+#include "genomics/fasta.h"
+#include "pipelines/score.h"
+#include "tests/records.h"
+
+namespace coil {
+namespace {
+
+std::vector<Answer> classify_all(Backend& backend, const Model& model, Source& source,
+                                 const ClassifyOptions& options) {
+  std::vector<Answer> answers;
+  classify(backend, model, source, options, [&](const Answer& a) { answers.push_back(a); });
+  return answers;
+}
+
+std::vector<double> classify_one(Backend& backend, const Model& model, const Codes& codes,
+                                 StreamOptions stream) {
+  Records source({codes});
+  return classify_all(backend, model, source, {.stream = stream}).at(0).probabilities;
+}
+
+void expect_near(const std::vector<double>& a, const std::vector<double>& b, double tolerance,
+                 const std::string& what) {
+  ASSERT_EQ(a.size(), b.size()) << what;
+  for (size_t i = 0; i < a.size(); i++)
+    EXPECT_NEAR(a[i], b[i], tolerance) << what << ", class " << i;
+}
+
+// The first `length` codes of a real genome; empty where the data is absent.
+Codes genome_piece(int64_t length) {
+  const char* given = std::getenv("COIL_DATA");
+  const std::string data = given ? given : COIL_SOURCE_DIR "/../shared/data";
+  const std::string path =
+      data + "/dna/entero6/test/Escherichia_coli/GCF_000008865.2_O157H7_Sakai.fna.gz";
+  Codes codes;
+  if (!std::filesystem::exists(path)) return codes;
+  const auto source = open_fasta({path});
+  Segment segment;
+  while (static_cast<int64_t>(codes.size()) < length && source->next(segment)) {
+    codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
+  }
+  codes.resize(length);
+  return codes;
+}
+
+TEST(Classify, ChunkedIsOneShotOnAGenome) {
+  const Codes genome = genome_piece(200'000);
+  if (genome.empty()) GTEST_SKIP() << "no dna/entero6 in COIL_DATA";
+  const auto backend = make_cpu_backend(1);
+  for (const Pooling pooling : {Pooling::mean, Pooling::last}) {
+    Config config = small_config(Objective::classify);
+    config.pooling = pooling;
+    const Model model = small_model(*backend, config);
+    const std::vector<double> whole = classify_one(*backend, model, genome, {.batch = 200'000});
+    for (const int64_t chunk : {7, 64, 1000, 65536}) {
+      expect_near(classify_one(*backend, model, genome, {.batch = chunk}), whole, 1e-5,
+                  fmt::format("chunk {}", chunk));
+    }
+    const Codes piece(genome.begin(), genome.begin() + 20'000);
+    expect_near(classify_one(*backend, model, piece, {.batch = 1}),
+                classify_one(*backend, model, piece, {.batch = 20'000}), 1e-5, "step by step");
+  }
+}
+
+TEST(Classify, StepByStepIsOneShotOnAGenome) {
+  const Codes genome = genome_piece(200'000);
+  if (genome.empty()) GTEST_SKIP() << "no dna/entero6 in COIL_DATA";
+  const auto backend = make_cpu_backend(1);
+  const Model model = small_model(*backend, small_config(Objective::classify));
+  const StreamOptions forward{.strands = Strands::forward, .batch = 1};
+  expect_near(
+      classify_one(*backend, model, genome, forward),
+      classify_one(*backend, model, genome, {.strands = Strands::forward, .batch = 200'000}), 1e-5,
+      "chunk 1");
+}
+
+TEST(Classify, AloneIsAmongFiveHundredOthers) {
+  const auto backend = make_cpu_backend(2);
+  const Model model = small_model(*backend, small_config(Objective::classify));
+  std::vector<Codes> records;
+  for (int i = 0; i < 501; i++) {
+    records.push_back(random_codes(i == 250 ? 100'000 : 20 + (i * 97) % 700, i));
+  }
+  for (const int64_t chunk : {0, 100}) {
+    Records source(records, 30'000);
+    const auto among =
+        classify_all(*backend, model, source, {.stream = {.batch = 1024, .chunk = chunk}});
+    ASSERT_EQ(among.size(), records.size());
+    for (const int i : {0, 1, 249, 250, 251, 499, 500}) {
+      EXPECT_EQ(among[i].name, fmt::format("r{}", i));
+      expect_near(among[i].probabilities,
+                  classify_one(*backend, model, records[i], {.batch = 4096}), 1e-5,
+                  fmt::format("record {}", i));
+    }
+  }
+}
+
+TEST(Classify, SameInputSameBits) {
+  const auto backend = make_cpu_backend(2);
+  const Model model = small_model(*backend, small_config(Objective::classify));
+  const Codes codes = random_codes(80'000, 11);
+  EXPECT_EQ(classify_one(*backend, model, codes, {.batch = 512}),
+            classify_one(*backend, model, codes, {.batch = 512}));
+}
+
+TEST(Classify, BothStrandsAreSymmetricAndTheMeanOfEach) {
+  const auto backend = make_cpu_backend(1);
+  const Model model = small_model(*backend, small_config(Objective::classify));
+  for (const int64_t length : {1, 50, 70'000}) {
+    const Codes codes = random_codes(length, 21);
+    const Codes other = reverse_complemented(codes);
+    const StreamOptions both{.batch = 512};
+    const std::vector<double> p = classify_one(*backend, model, codes, both);
+    expect_near(p, classify_one(*backend, model, other, both), 1e-6, "reverse complement");
+    const auto forward =
+        classify_one(*backend, model, codes, {.strands = Strands::forward, .batch = 512});
+    const auto reverse =
+        classify_one(*backend, model, codes, {.strands = Strands::reverse, .batch = 512});
+    expect_near(reverse,
+                classify_one(*backend, model, other, {.strands = Strands::forward, .batch = 512}),
+                1e-6, "reverse strand");
+    for (size_t i = 0; i < p.size(); i++) EXPECT_NEAR(p[i], (forward[i] + reverse[i]) / 2, 1e-6);
+    if (length > 1) {
+      EXPECT_GT(std::abs(forward[0] - reverse[0]), 1e-4);  // a real average
+    }
+  }
+}
+
+TEST(Classify, WindowsPairsAndFiles) {
+  const auto backend = make_cpu_backend(1);
+  const Model model = small_model(*backend, small_config(Objective::classify));
+  const StreamOptions stream{.batch = 256};
+  const std::vector<Codes> records{random_codes(300, 1), random_codes(100, 2), random_codes(90, 3),
+                                   random_codes(400, 4)};
+  std::vector<std::vector<double>> alone;
+  for (const Codes& record : records)
+    alone.push_back(classify_one(*backend, model, record, stream));
+
+  {
+    Records source({records[0]}, 77);
+    const auto answers = classify_all(*backend, model, source,
+                                      {.stream = {.window = 120, .stride = 60, .batch = 256}});
+    ASSERT_EQ(answers.size(), 5u);
+    for (size_t i = 0; i < answers.size(); i++) {
+      EXPECT_EQ(answers[i].begin, static_cast<int64_t>(60 * i));
+      EXPECT_EQ(answers[i].end, std::min<int64_t>(60 * i + 120, 300));
+      const Codes part(records[0].begin() + answers[i].begin, records[0].begin() + answers[i].end);
+      expect_near(answers[i].probabilities, classify_one(*backend, model, part, stream), 1e-5,
+                  "window");
+    }
+  }
+  const auto mean = [&](size_t a, size_t b) {
+    const double wa = records[a].size(), wb = records[b].size();
+    std::vector<double> p;
+    for (size_t i = 0; i < 3; i++) p.push_back((wa * alone[a][i] + wb * alone[b][i]) / (wa + wb));
+    return p;
+  };
+  {
+    Records source(records);
+    const auto answers =
+        classify_all(*backend, model, source, {.stream = stream, .per = AnswerPer::pair});
+    ASSERT_EQ(answers.size(), 2u);
+    EXPECT_EQ(answers[0].name, "r0");
+    EXPECT_EQ(answers[1].name, "r2");
+    EXPECT_EQ(answers[1].end, 490);
+    expect_near(answers[0].probabilities, mean(0, 1), 1e-5, "pair 0");
+    expect_near(answers[1].probabilities, mean(2, 3), 1e-5, "pair 1");
+  }
+  {
+    Records source(records, Source::kRun, {0, 1, 1, 2});
+    const auto answers =
+        classify_all(*backend, model, source,
+                     {.stream = stream, .per = AnswerPer::file, .files = {"x.fa", "y.fa", "z.fa"}});
+    ASSERT_EQ(answers.size(), 3u);
+    EXPECT_EQ(answers[1].name, "y.fa");
+    EXPECT_EQ(answers[1].end, 190);
+    expect_near(answers[0].probabilities, alone[0], 1e-5, "file 0");
+    expect_near(answers[1].probabilities, mean(1, 2), 1e-5, "file 1");
+    expect_near(answers[2].probabilities, alone[3], 1e-5, "file 2");
+  }
+}
+
+TEST(Classify, UnknownBelowTheThreshold) {
+  Config config = small_config(Objective::classify);
+  EXPECT_EQ(unknown_threshold(config, 100), 0);
+  config.unknown = {{100, 0.4}, {10'000, 0.8}};
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 1), 0.4);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 100), 0.4);
+  EXPECT_NEAR(unknown_threshold(config, 1000), 0.6, 1e-12);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 10'000), 0.8);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 1'000'000), 0.8);
+
+  const auto backend = make_cpu_backend(1);
+  config.unknown = {{50, 0.0}, {51, 1.0}};
+  const Model model = small_model(*backend, config);
+  const std::vector<Codes> records{random_codes(40, 1), random_codes(400, 2)};
+  for (const double given : {-1.0, 0.0, 1.0}) {
+    Records source(records);
+    const auto answers =
+        classify_all(*backend, model, source, {.stream = {.batch = 64}, .min_probability = given});
+    EXPECT_EQ(answers[0].label < 0, given == 1.0);
+    EXPECT_EQ(answers[1].label < 0, given != 0.0);
+    EXPECT_GT(answers[1].probability, 1.0 / 3);  // of the likeliest class all the same
+  }
+}
+
+TEST(Classify, RefusesOtherModels) {
+  Config config = small_config(Objective::lm);
+  EXPECT_THROW(check_classifier(config, "m"), Error);
+  EXPECT_NO_THROW(check_language_model(config, "m"));
+  config.alphabet = "";
+  EXPECT_THROW(check_language_model(config, "m"), Error);
+  config = small_config(Objective::classify);
+  EXPECT_NO_THROW(check_classifier(config, "m"));
+  EXPECT_THROW(check_language_model(config, "m"), Error);
+  config.vocab = 4;
+  EXPECT_THROW(check_classifier(config, "m"), Error);
+}
+
+}  // namespace
+}  // namespace coil
