@@ -86,7 +86,7 @@ StepFolder current_or_fail(const fs::path& train) {
 void discard(const fs::path& path) {
   fs::path doomed = path;
   if (!path.string().ends_with(".tmp")) {
-    doomed += ".tmp";
+    doomed += ".old.tmp";
     fs::remove_all(doomed);
     fs::rename(path, doomed);
   }
@@ -117,8 +117,8 @@ void load_tensors(Backend& backend, const SafetensorsReader& reader, Model& mode
     const std::string name = prefix + param.info.name;
     const FileTensor& info = reader.info(name);
     check(info.shape == param.info.shape && info.type == FileType::F32,
-          "'{}': tensor {}: expected [{}] F32, found [{}] {}", path, name,
-          fmt::join(param.info.shape, ", "), fmt::join(info.shape, ", "), name_of(info.type));
+          "'{}': tensor {}: expected {} F32, found {} {}", path, name, shape_text(param.info.shape),
+          shape_text(info.shape), name_of(info.type));
     std::vector<float> values = reader.read_f32(name);
     View host = param.tensor->view();  // same shape, other memory
     host.data = values.data();
