@@ -215,7 +215,7 @@ TEST_F(CheckpointTest, AnotherModelIsRefusedByTensor) {
   model_ = make_model(*backend_, config_, 1);
   optimizer_ = std::make_unique<Optimizer>(*backend_, model_, OptimizerOptions{});
   EXPECT_NE(load_error().find("A_log"), std::string::npos) << load_error();
-  EXPECT_NE(load_error().find("expected [16, 5] F32, found [16, 4] F32"), std::string::npos)
+  EXPECT_NE(load_error().find("expected (16, 5) F32, found (16, 4) F32"), std::string::npos)
       << load_error();
   config_.n = 4;
   config_.layers.resize(1);
