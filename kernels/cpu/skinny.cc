@@ -1,0 +1,151 @@
+// A few rows times a weight matrix that lies (n, k), f32 or bf16: decoding, one step of each
+// sequence.
+//
+// The time is that of reading the weights, so they are read once, in order, and bf16 is unpacked in
+// registers: a pair of bf16 in 32 bits is the second one after a mask and the first one after a
+// shift.
+#include "kernels/cpu/skinny.h"
+
+#include <algorithm>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/skinny.cc"
+#include <hwy/foreach_target.h>
+// after foreach_target.h
+#include "kernels/cpu/vectors-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace coil {
+namespace HWY_NAMESPACE {
+namespace {
+
+using BitsTag = hn::RebindToUnsigned<FloatTag>;
+using Floats = hn::Vec<FloatTag>;
+
+float widened(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// kM rows of a with kN rows of b: kM * kN sums in registers.
+template <bool kBf16, int kM, int kN>
+HWY_INLINE void tile(const SkinnyProduct& op, int64_t row, int64_t column) {
+  const FloatTag tag;
+  const BitsTag bits;
+  const int64_t lanes = hn::Lanes(tag), step = kBf16 ? 2 * lanes : lanes, k = op.k;
+  const float* a = (kBf16 ? op.split : op.a) + row * (kBf16 ? k : op.a_stride);
+  const int64_t a_stride = kBf16 ? k : op.a_stride;
+  const uint16_t* half = static_cast<const uint16_t*>(op.b) + column * op.b_stride;
+  const float* full = static_cast<const float*>(op.b) + column * op.b_stride;
+  Floats sums[kM][kN];
+  for (int i = 0; i < kM; ++i)
+    for (int j = 0; j < kN; ++j) sums[i][j] = hn::Zero(tag);
+  int64_t p = 0;
+  for (; p + step <= k; p += step) {
+    if constexpr (kBf16) {
+      Floats even[kM], odd[kM];
+      for (int i = 0; i < kM; ++i) {
+        even[i] = hn::LoadU(tag, a + i * a_stride + p);
+        odd[i] = hn::LoadU(tag, a + i * a_stride + p + lanes);
+      }
+      for (int j = 0; j < kN; ++j) {
+        const auto pairs =
+            hn::LoadU(bits, reinterpret_cast<const uint32_t*>(half + j * op.b_stride + p));
+        const auto first = hn::BitCast(tag, hn::ShiftLeft<16>(pairs));
+        const auto second = hn::BitCast(tag, hn::And(pairs, hn::Set(bits, 0xffff0000u)));
+        for (int i = 0; i < kM; ++i) {
+          sums[i][j] = hn::MulAdd(even[i], first, sums[i][j]);
+          sums[i][j] = hn::MulAdd(odd[i], second, sums[i][j]);
+        }
+      }
+    } else {
+      Floats left[kM];
+      for (int i = 0; i < kM; ++i) left[i] = hn::LoadU(tag, a + i * a_stride + p);
+      for (int j = 0; j < kN; ++j) {
+        const auto right = hn::LoadU(tag, full + j * op.b_stride + p);
+        for (int i = 0; i < kM; ++i) sums[i][j] = hn::MulAdd(left[i], right, sums[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < kM; ++i) {
+    float* c = op.c + (row + i) * op.c_stride + column;
+    for (int j = 0; j < kN; ++j) {
+      float sum = hn::GetLane(hn::SumOfLanes(tag, sums[i][j]));
+      for (int64_t q = p; q < k; ++q)
+        sum += a[i * a_stride + q] *
+               (kBf16 ? widened(half[j * op.b_stride + q]) : full[j * op.b_stride + q]);
+      sum *= op.alpha;
+      if (op.beta != 0) sum += op.beta * c[j];
+      if (op.bias) sum += op.bias[column + j];
+      c[j] = sum;
+    }
+  }
+}
+
+template <bool kBf16>
+HWY_INLINE void columns(const SkinnyProduct& op, int64_t begin, int64_t end) {
+  for (int64_t column = begin; column < end;) {
+    const bool four = column + 4 <= end;
+    int64_t row = 0;
+    for (; row + 4 <= op.m; row += 4)
+      four ? tile<kBf16, 4, 4>(op, row, column) : tile<kBf16, 4, 1>(op, row, column);
+    for (; row < op.m; ++row)
+      four ? tile<kBf16, 1, 4>(op, row, column) : tile<kBf16, 1, 1>(op, row, column);
+    column += four ? 4 : 1;
+  }
+}
+
+void skinny(const SkinnyProduct& op, bool bf16, int64_t begin, int64_t end) {
+  bf16 ? columns<true>(op, begin, end) : columns<false>(op, begin, end);
+}
+
+void split_rows(const float* a, int64_t m, int64_t k, int64_t a_stride, float* split) {
+  const int64_t lanes = hn::Lanes(FloatTag());
+  for (int64_t i = 0; i < m; ++i, a += a_stride, split += k) {
+    int64_t p = 0;
+    for (; p + 2 * lanes <= k; p += 2 * lanes)
+      for (int64_t q = 0; q < lanes; ++q) {
+        split[p + q] = a[p + 2 * q];
+        split[p + lanes + q] = a[p + 2 * q + 1];
+      }
+    std::copy(a + p, a + k, split + p);
+  }
+}
+
+void widen_row(const uint16_t* x, int64_t count, float* y) {
+  for_each(count, [=](auto tag, int64_t i) HWY_ATTR {
+    const hn::RebindToUnsigned<decltype(tag)> bits;
+    const hn::Rebind<uint16_t, decltype(tag)> half;
+    const auto value = hn::ShiftLeft<16>(hn::PromoteTo(bits, hn::LoadU(half, x + i)));
+    hn::StoreU(hn::BitCast(tag, value), tag, y + i);
+  });
+}
+
+}  // namespace
+}  // namespace HWY_NAMESPACE
+}  // namespace coil
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace coil {
+
+HWY_EXPORT(skinny);
+HWY_EXPORT(split_rows);
+HWY_EXPORT(widen_row);
+
+void skinny_product(const SkinnyProduct& op, bool bf16, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(skinny)(op, bf16, begin, end);
+}
+
+void split_pairs(const float* a, int64_t m, int64_t k, int64_t a_stride, float* split) {
+  HWY_DYNAMIC_DISPATCH(split_rows)(a, m, k, a_stride, split);
+}
+
+void widen(const uint16_t* x, int64_t count, float* y) {
+  HWY_DYNAMIC_DISPATCH(widen_row)(x, count, y);
+}
+
+}  // namespace coil
+#endif  // HWY_ONCE
