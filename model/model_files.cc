@@ -63,8 +63,8 @@ Model load_model(Backend& backend, const std::string& folder, DType matrices) {
     const auto name = name_in(reader, param.info.name);
     check(name.has_value(), "{}: tensor {} is missing", folder, param.info.name);
     const FileTensor& found = reader.info(*name);
-    check(found.shape == param.info.shape, "{}: tensor {}: expected shape ({}), found ({})", folder,
-          *name, fmt::join(param.info.shape, ", "), fmt::join(found.shape, ", "));
+    check(found.shape == param.info.shape, "{}: tensor {}: expected shape {}, found {}", folder,
+          *name, shape_text(param.info.shape), shape_text(found.shape));
     std::vector<float> values = read_finite(reader, *name, folder);
     allocate(backend, param, param.info.matrix ? matrices : DType::f32);
     set_values(backend, param, values);

@@ -33,6 +33,12 @@ double inverse_softplus(double dt) { return dt + std::log(-std::expm1(-dt)); }
 
 }  // namespace
 
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (int64_t size : shape) text += fmt::format("{}{}", text.empty() ? "" : ", ", size);
+  return "(" + text + ")";
+}
+
 void allocate(Backend& backend, const Param& param, DType dtype) {
   *param.tensor = Tensor(backend, dtype, std::span<const int64_t>(param.info.shape));
 }

@@ -37,6 +37,8 @@ struct Param {
   Tensor* tensor = nullptr;
 };
 
+std::string shape_text(const std::vector<int64_t>& shape);  // "(12, 512)", for messages
+
 // Allocated with the shape of its row; values not set.
 void allocate(Backend& backend, const Param& param, DType dtype = DType::f32);
 // The values of a new tensor. They depend on the seed and the tensor's name alone, so that a model
