@@ -1,0 +1,98 @@
+// Small random models and comparisons that the tests of model/ share.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "model/head.h"
+
+namespace coil {
+
+inline Config small_config(bool falcon) {
+  Config config;
+  config.vocab = 11;
+  config.d = 24;
+  config.e = 40;
+  config.n = 5;
+  config.w = 3;
+  config.dt_rank = 3;
+  config.layers.resize(2);
+  config.model_type = falcon ? "falcon_mamba" : "mamba";
+  config.mixer_norms = falcon;
+  config.bias = !falcon;
+  config.tie = !falcon;
+  return config;
+}
+
+inline Config classifier_config(Pooling pooling) {
+  Config config = small_config(false);
+  config.objective = Objective::classify;
+  config.pooling = pooling;
+  config.labels = {"a", "b", "c"};
+  return config;
+}
+
+// D = 1, zero biases and unit norms would hide mistakes.
+inline Model random_model(Backend& backend, const Config& config, uint64_t seed) {
+  Model model = make_model(backend, config, seed);
+  Philox random(seed, 1, 1);
+  for (const Param& param : declare(model)) {
+    const double scale = param.info.init == Init::embedding ? 1 : 0.1;
+    for (float& value : param.tensor->span<float>())
+      value += static_cast<float>(scale * random.normal());
+  }
+  return model;
+}
+
+inline std::vector<int32_t> random_ids(int64_t length, int64_t vocab, uint64_t seed) {
+  Philox random(seed, 2, 0);
+  std::vector<int32_t> ids(static_cast<size_t>(length));
+  for (int32_t& id : ids) id = static_cast<int32_t>(random.below(static_cast<uint64_t>(vocab)));
+  return ids;
+}
+
+inline View ids_view(std::vector<int32_t>& ids) {
+  return host_view(ids.data(), DType::i32, {static_cast<int64_t>(ids.size())});
+}
+
+inline std::vector<float> values_of(const View& view) {
+  return {view.as<float>(), view.as<float>() + view.count()};
+}
+
+inline Tensor random_tensor(Backend& backend, std::initializer_list<int64_t> shape, uint64_t seed) {
+  Tensor tensor(backend, DType::f32, shape);
+  Philox random(seed, 3, 0);
+  for (float& value : tensor.span<float>()) value = static_cast<float>(random.normal());
+  return tensor;
+}
+
+inline double largest_difference(std::span<const float> a, std::span<const float> b) {
+  EXPECT_EQ(a.size(), b.size());
+  double most = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double difference = std::fabs(static_cast<double>(a[i]) - b[i]);
+    if (!(difference <= most)) most = difference;  // keeps NaN
+  }
+  return most;
+}
+
+inline double relative_difference(std::span<const float> a, std::span<const float> b) {
+  EXPECT_EQ(a.size(), b.size());
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference += (static_cast<double>(a[i]) - b[i]) * (static_cast<double>(a[i]) - b[i]);
+    norm += static_cast<double>(b[i]) * b[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+inline bool same_bits(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+}
+
+}  // namespace coil
