@@ -60,7 +60,8 @@ TEST(Classify, ChunkedIsOneShotOnAGenome) {
     config.pooling = pooling;
     const Model model = small_model(*backend, config);
     const std::vector<double> whole = classify_one(*backend, model, genome, {.batch = 200'000});
-    for (const int64_t chunk : {7, 64, 1000, 65536}) {
+    const int64_t smallest = pooling == Pooling::mean ? 7 : 64;
+    for (const int64_t chunk : {smallest, int64_t{64}, int64_t{1000}, int64_t{65536}}) {
       expect_near(classify_one(*backend, model, genome, {.batch = chunk}), whole, 1e-5,
                   fmt::format("chunk {}", chunk));
     }
@@ -83,14 +84,14 @@ TEST(Classify, StepByStepIsOneShotOnAGenome) {
 }
 
 TEST(Classify, AloneIsAmongFiveHundredOthers) {
-  const auto backend = make_cpu_backend(2);
+  const auto backend = make_cpu_backend(1);
   const Model model = small_model(*backend, small_config(Objective::classify));
   std::vector<Codes> records;
   for (int i = 0; i < 501; i++) {
-    records.push_back(random_codes(i == 250 ? 100'000 : 20 + (i * 97) % 700, i));
+    records.push_back(random_codes(i == 250 ? 50'000 : 20 + (i * 97) % 300, i));
   }
   for (const int64_t chunk : {0, 100}) {
-    Records source(records, 30'000);
+    Records source(records, 20'000);
     const auto among =
         classify_all(*backend, model, source, {.stream = {.batch = 1024, .chunk = chunk}});
     ASSERT_EQ(among.size(), records.size());
@@ -106,7 +107,7 @@ TEST(Classify, AloneIsAmongFiveHundredOthers) {
 TEST(Classify, SameInputSameBits) {
   const auto backend = make_cpu_backend(2);
   const Model model = small_model(*backend, small_config(Objective::classify));
-  const Codes codes = random_codes(80'000, 11);
+  const Codes codes = random_codes(20'000, 11);
   EXPECT_EQ(classify_one(*backend, model, codes, {.batch = 512}),
             classify_one(*backend, model, codes, {.batch = 512}));
 }
@@ -115,7 +116,8 @@ TEST(Classify, BothStrandsAreSymmetricAndTheMeanOfEach) {
   const auto backend = make_cpu_backend(1);
   const Model model = small_model(*backend, small_config(Objective::classify));
   for (const int64_t length : {1, 50, 70'000}) {
-    const Codes codes = random_codes(length, 21);
+    Codes codes = random_codes(length, 21);
+    std::replace(codes.begin(), codes.end(), dna::kT, dna::kA);  // the strands differ
     const Codes other = reverse_complemented(codes);
     const StreamOptions both{.batch = 512};
     const std::vector<double> p = classify_one(*backend, model, codes, both);

@@ -47,10 +47,11 @@ TEST(Score, BigramByHand) {
       head[i * 16 + j] = static_cast<float>(weight(i, j));
     }
   }
+  const double s = 1 / std::sqrt(1.0 / 16 + config.eps);
   const auto log_p = [&](int y, int x) {
     double sum = 0;
-    for (int other = dna::kA; other <= dna::kT; other++) sum += std::exp(4 * weight(other, x));
-    return 4 * weight(y, x) - std::log(sum);
+    for (int other = dna::kA; other <= dna::kT; other++) sum += std::exp(s * weight(other, x));
+    return s * weight(y, x) - std::log(sum);
   };
   // A is not counted, N is not counted but stays context of the A after it.
   Records source({parse("ACNAGT"), parse("G"), parse("NNC")});
