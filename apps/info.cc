@@ -1,0 +1,249 @@
+// coil info MODEL: what the network is, its tensors, and a memory plan for a length, batch and
+// chunk.
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "apps/command.h"
+#include "kernels/error.h"
+#include "model/memory_plan.h"
+#include "model/safetensors.h"
+#include "pipelines/stream.h"
+
+namespace coil {
+namespace {
+
+namespace po = boost::program_options;
+using Json = nlohmann::ordered_json;
+
+struct InfoOptions {
+  std::string model;
+  Size length{1'000'000}, batch{1}, chunk{0};
+  bool train = false, json = false;
+  CommonOptions common;
+};
+
+po::options_description describe(InfoOptions& options) {
+  po::options_description text("Options");
+  text.add_options()                                                                    //
+      ("model", po::value(&options.model), "a model folder, Coil's or Hugging Face's")  //
+      ("length", po::value(&options.length)->default_value(options.length),
+       "bases of a sequence")                                                                  //
+      ("batch", po::value(&options.batch)->default_value(options.batch), "sequences at once")  //
+      ("chunk", po::value(&options.chunk)->default_value(options.chunk),
+       "bases of a sequence at a time; 0: as classify and score choose")                    //
+      ("train", po::bool_switch(&options.train), "plan for training instead of inference")  //
+      ("json", po::bool_switch(&options.json), "JSON instead of text");
+  text.add(describe(options.common));
+  return text;
+}
+
+std::string grouped(int64_t number) {  // 1,234,567
+  std::string text = std::to_string(number);
+  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > 0; at -= 3)
+    text.insert(static_cast<size_t>(at), ",");
+  return text;
+}
+
+std::string bytes_text(int64_t bytes) {
+  const double value = static_cast<double>(bytes);
+  if (value < 1e3) return fmt::format("{} B", bytes);
+  if (value < 1e6) return fmt::format("{:.1f} kB", value / 1e3);
+  if (value < 1e9) return fmt::format("{:.1f} MB", value / 1e6);
+  return fmt::format("{:.1f} GB", value / 1e9);
+}
+
+// Tensors that differ only in the layer's number are one group: backbone.layers.*.mixer.D.
+std::string group_of(const std::string& name) {
+  const std::string prefix = "backbone.layers.";
+  if (!name.starts_with(prefix)) return name;
+  return prefix + "*" + name.substr(std::min(name.size(), name.find('.', prefix.size())));
+}
+
+struct Group {
+  std::string name, shape, type;
+  int64_t tensors = 0, parameters = 0, bytes = 0;
+};
+
+int64_t count_of(const std::vector<int64_t>& shape) {
+  int64_t count = 1;
+  for (const int64_t size : shape) count *= size;
+  return count;
+}
+
+std::vector<Group> group_tensors(const std::vector<Param>& params,
+                                 const SafetensorsReader& reader) {
+  std::vector<Group> groups;
+  std::map<std::string, size_t> places;
+  for (const Param& param : params) {
+    // A folder of the original code names its embedding otherwise; its loader says what is missing.
+    const std::string type =
+        reader.has(param.info.name) ? name_of(reader.info(param.info.name).type) : "absent";
+    const std::string name = group_of(param.info.name);
+    const auto [place, fresh] = places.try_emplace(name, groups.size());
+    if (fresh)
+      groups.push_back({.name = name, .shape = shape_text(param.info.shape), .type = type});
+    Group& group = groups[place->second];
+    if (group.type != type) group.type = "mixed";
+    ++group.tensors;
+    const int64_t count = count_of(param.info.shape);
+    group.parameters += count;
+    if (reader.has(param.info.name))
+      group.bytes += count * size_of(reader.info(param.info.name).type);
+  }
+  return groups;
+}
+
+std::string objective_text(const Config& config) {
+  if (config.objective == Objective::lm)
+    return fmt::format("language model, {} head", config.tie ? "tied" : "untied");
+  return fmt::format("classifier of {} classes, {} pooling", config.labels.size(),
+                     config.pooling == Pooling::mean ? "mean" : "last");
+}
+
+std::string network_text(const Config& config) {
+  return fmt::format("{} layers · d {} · e {} · n {} · conv {} · dt rank {} · vocabulary {}",
+                     config.layers.size(), config.d, config.e, config.n, config.w, config.dt_rank,
+                     config.vocab);
+}
+
+MemoryRequest request_of(const InfoOptions& options, const Config& config) {
+  const int64_t chunk = options.chunk > 0 ? options.chunk.value : auto_batch(config);
+  return {.length = options.length,
+          .sequences = options.batch,
+          .chunk = chunk,
+          .matrices = matrix_dtype(options.common),
+          .train = options.train};
+}
+
+std::string text_of(const Config& config, const SafetensorsReader& reader,
+                    const std::vector<Group>& groups, const MemoryRequest& request,
+                    const MemoryPlan& plan) {
+  std::string text =
+      fmt::format("model    {} · {}{}\nnetwork  {}\nfiles    {}\n", config.model_type,
+                  objective_text(config), config.alphabet.empty() ? "" : " · " + config.alphabet,
+                  network_text(config), fmt::join(reader.files(), " "));
+  if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
+  for (const Config::Threshold& threshold : config.unknown)
+    text += fmt::format("unknown  below {:.3f} at {} bases\n", threshold.probability,
+                        grouped(threshold.length));
+
+  size_t width = 6, shape = 5;
+  for (const Group& group : groups) {
+    width = std::max(width, group.name.size());
+    shape = std::max(shape, group.shape.size());
+  }
+  const auto row = [&](const auto& name, const auto& size, const auto& type, const auto& tensors,
+                       const auto& count, const auto& bytes) {
+    text += fmt::format("{:<{}}  {:<{}}  {:<6}  {:>7}  {:>13}  {:>9}\n", name, width, size, shape,
+                        type, tensors, count, bytes);
+  };
+  text += '\n';
+  row("tensor", "shape", "type", "tensors", "parameters", "bytes");
+  Group total{.name = "total", .shape = "", .type = ""};
+  for (const Group& group : groups) {
+    row(group.name, group.shape, group.type, group.tensors, grouped(group.parameters),
+        bytes_text(group.bytes));
+    total.tensors += group.tensors;
+    total.parameters += group.parameters;
+    total.bytes += group.bytes;
+  }
+  row(total.name, "", "", total.tensors, grouped(total.parameters), bytes_text(total.bytes));
+
+  const std::string of =
+      fmt::format("{} × {} bases", grouped(request.sequences), grouped(request.length));
+  const auto line = [&](const char* name, int64_t bytes, const std::string& note) {
+    text += fmt::format("{:<12}  {:>9}  {}\n", name, bytes_text(bytes), note);
+  };
+  if (request.train) {
+    text += fmt::format("\nmemory to train on {}\n", of);
+    line("weights", plan.weights, "f32");
+    line("gradients", plan.gradients, "f32");
+    line("moments", plan.moments, "f32, two of AdamW");
+    line("activations", plan.activations, "grow with batch × length");
+  } else {
+    text += fmt::format("\nmemory to read {}, {} at a time\n", of,
+                        grouped(std::min(request.chunk, request.length)));
+    line("weights", plan.weights, request.matrices == DType::bf16 ? "matrices bf16" : "f32");
+    line("state", plan.state,
+         fmt::format("{} a sequence, whatever its length",
+                     bytes_text(plan.state / request.sequences)));
+    line("activations", plan.activations, "grow with batch × chunk, not with length");
+  }
+  line("total", plan.total(), "besides program, libraries and input buffers");
+  return text;
+}
+
+std::string json_of(const Config& config, const SafetensorsReader& reader,
+                    const std::vector<Param>& params, const MemoryRequest& request,
+                    const MemoryPlan& plan) {
+  Json json;
+  json["model_type"] = config.model_type;
+  json["objective"] = config.objective == Objective::lm ? "lm" : "classify";
+  json["alphabet"] = config.alphabet;
+  if (config.objective == Objective::classify)
+    json["pooling"] = config.pooling == Pooling::mean ? "mean" : "last";
+  json["labels"] = config.labels;
+  json["unknown"] = Json::array();
+  for (const Config::Threshold& threshold : config.unknown)
+    json["unknown"].push_back(
+        {{"length", threshold.length}, {"probability", threshold.probability}});
+  json["network"] = {{"layers", config.layers.size()},
+                     {"d", config.d},
+                     {"e", config.e},
+                     {"n", config.n},
+                     {"conv", config.w},
+                     {"dt_rank", config.dt_rank},
+                     {"vocabulary", config.vocab}};
+  json["files"] = reader.files();
+  json["parameters"] = parameters(config);
+  for (const Param& param : params) {
+    const bool present = reader.has(param.info.name);
+    json["tensors"].push_back(
+        {{"name", param.info.name},
+         {"shape", param.info.shape},
+         {"type", present ? Json(name_of(reader.info(param.info.name).type)) : Json(nullptr)}});
+  }
+  json["memory"] = {
+      {"train", request.train},
+      {"length", request.length},
+      {"batch", request.sequences},
+      {"chunk", request.train ? request.length : std::min(request.chunk, request.length)},
+      {"weights", plan.weights},
+      {"state", plan.state},
+      {"activations", plan.activations},
+      {"gradients", plan.gradients},
+      {"moments", plan.moments},
+      {"total", plan.total()}};
+  return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace
+
+int run_info(int argc, char** argv) {
+  InfoOptions options;
+  po::variables_map values;
+  const std::string text =
+      "Prints what a model is: network, labels, tensors with their shapes, and the memory that "
+      "reading or\n"
+      "training on sequences of a length takes.";
+  if (!parse(argc, argv, "info MODEL [--length 1M --batch 1 --chunk 4k] [--train] [--json]", text,
+             describe(options), {"model"}, false, values))
+    return 0;
+  if (options.model.empty()) throw UsageError("no MODEL given", "usage: coil info MODEL [options]");
+
+  Model model;
+  model.config = read_config(options.model);
+  const std::vector<Param> params = declare(model);
+  const SafetensorsReader reader(options.model);
+  const MemoryRequest request = request_of(options, model.config);
+  const MemoryPlan plan = plan_memory(model.config, request);
+  Output out("");
+  out.write(options.json
+                ? json_of(model.config, reader, params, request, plan)
+                : text_of(model.config, reader, group_tensors(params, reader), request, plan));
+  out.close();
+  return 0;
+}
+
+}  // namespace coil

@@ -1,0 +1,28 @@
+// What a run will hold in memory, before it runs. Not a formula: the model's own code runs on a
+// backend that only counts what is allocated, so the plan follows the code.
+#pragma once
+
+#include "model/head.h"
+
+namespace coil {
+
+struct MemoryRequest {
+  int64_t length = 1;     // steps of a sequence
+  int64_t sequences = 1;  // in a batch
+  int64_t chunk =
+      0;  // most steps of a sequence in a batch; 0: the length. Training takes sequences whole
+  DType matrices = DType::f32;
+  bool train = false;
+};
+
+struct MemoryPlan {  // bytes
+  int64_t weights = 0;
+  int64_t state = 0;                   // of all sequences; inference only
+  int64_t activations = 0;             // the most at any moment
+  int64_t gradients = 0, moments = 0;  // training only
+  int64_t total() const { return weights + state + activations + gradients + moments; }
+};
+
+MemoryPlan plan_memory(const Config& config, const MemoryRequest& request);
+
+}  // namespace coil
