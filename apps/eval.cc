@@ -19,7 +19,7 @@ struct EvalOptions {
   std::string model;
   std::vector<std::string> data;
   std::string sequence_column = "sequence", label_column = "label", table;
-  Size window{0}, batch_tokens{16384};
+  Size window{0}, batch_tokens{0};
   std::string strands = "both";
   bool json = false;
   std::string out;
@@ -38,7 +38,8 @@ po::options_description describe(EvalOptions& o) {
       "cut records into windows of this; 0: whole records")(
       "strands", po::value(&o.strands)->default_value(o.strands), "both (averaged) | forward")(
       "batch-tokens", po::value(&o.batch_tokens)->default_value(o.batch_tokens),
-      "bases in a batch: memory")("json", po::bool_switch(&o.json), "JSON instead of a table")(
+      "rows computed at once; 0: by the size of the model")("json", po::bool_switch(&o.json),
+                                                            "JSON instead of a table")(
       "out,o", po::value(&o.out)->default_value(o.out), "file instead of stdout");
   return options;
 }
@@ -124,12 +125,9 @@ int run_eval(int argc, char** argv) {
   if (options.data.empty()) throw UsageError("no data to evaluate on");
   if (options.strands != "both" && options.strands != "forward")
     throw UsageError(fmt::format("--strands '{}': expected both or forward", options.strands));
-  check(common.precision == "f32" || common.precision == "bf16",
-        "--precision '{}': expected f32 or bf16", common.precision);
 
   const auto backend = make_backend(common);
-  const Model model =
-      load_model(*backend, options.model, common.precision == "bf16" ? DType::bf16 : DType::f32);
+  const Model model = load_model(*backend, options.model, matrix_dtype(common));
   const Config& config = model.config;
   check(config.alphabet == "dna", "'{}': its alphabet is '{}', expected 'dna'", options.model,
         config.alphabet);

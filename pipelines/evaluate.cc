@@ -13,6 +13,7 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
+#include "pipelines/stream.h"
 
 namespace coil {
 namespace {
@@ -64,7 +65,9 @@ class Evaluator {
         items_(items),
         options_(options),
         lm_(model.config.objective == Objective::lm),
-        classes_(static_cast<int64_t>(model.config.labels.size())) {}
+        classes_(static_cast<int64_t>(model.config.labels.size())) {
+    if (options_.batch_tokens == 0) options_.batch_tokens = auto_batch(model.config);
+  }
 
   Evaluation run() {
     if (!lm_) result_.probabilities.assign(items_.size() * classes_, 0.0);

@@ -25,8 +25,8 @@ Metrics measure(std::span<const int32_t> truth, std::span<const double> probabil
                 int64_t classes);
 
 struct EvaluateOptions {
-  int64_t batch_tokens = 16384;  // memory; longer items are read in pieces, their state carried
-  bool both_strands = true;      // classify: probabilities averaged; lm: log-likelihoods
+  int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
+  bool both_strands = true;  // classify: probabilities averaged; lm: log-likelihoods
 };
 struct Evaluation {
   Metrics metrics;                    // classify; of an lm: count (bases) and loss only

@@ -391,9 +391,8 @@ void Trainer::evaluate_now() {
       .learning_rate = learning_rate(options_, step_)};
   point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
   if (!parts_.held_out.empty())
-    point.validation = evaluate(
-        backend_, model_, options_.validation.empty() ? all_ : validation_, parts_.held_out,
-        {.batch_tokens = options_.batch_tokens, .both_strands = options_.reverse_complement});
+    point.validation = evaluate(backend_, model_, options_.validation.empty() ? all_ : validation_,
+                                parts_.held_out, {.both_strands = options_.reverse_complement});
   const Metrics& m = point.validation.metrics;
   // Without a validation set the last model stands.
   double metric = static_cast<double>(step_), loss = 0;
