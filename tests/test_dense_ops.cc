@@ -1,0 +1,609 @@
+// The dense ops of a backend against the scalar oracle: products, embedding, norm, pooling,
+// cross-entropy, AdamW.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <random>
+
+#include "kernels/error.h"
+#include "kernels/ops.h"
+#include "tests/reference_dense.h"
+
+namespace coil {
+namespace {
+
+using Complex = std::complex<double>;
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+// A matrix standing inside a larger one, as a column view does: what lies around it must stay as it
+// is.
+class Field {
+ public:
+  Field(int64_t rows, int64_t cols, bool inside = true)
+      : rows_(rows), cols_(cols), margin_(inside ? 3 : 0), stride_(cols + 2 * margin_) {
+    memory_.assign((rows + 2) * stride_ + 2 * kGuard, kSentinel);
+    view_ = host_view(memory_.data() + kGuard + stride_ + margin_, DType::f32, {rows, cols});
+    view_.stride[0] = stride_;
+  }
+  Field(int64_t rows, int64_t cols, std::mt19937& random, bool inside = true)
+      : Field(rows, cols, inside) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) at(i, j) = normal(random);
+  }
+
+  Field(const Field& other)
+      : rows_(other.rows_),
+        cols_(other.cols_),
+        margin_(other.margin_),
+        stride_(other.stride_),
+        memory_(other.memory_),
+        view_(other.view_) {
+    view_.data = memory_.data() + kGuard + stride_ + margin_;
+  }
+
+  operator const View&() const { return view_; }
+  View row(int64_t i = 0) const { return view_.slice(i, 1).reshape({cols_}); }
+  View column() const { return view_.reshape({rows_}); }
+  View rows(int64_t begin, int64_t count) const { return view_.slice(begin, count); }
+  float& at(int64_t i, int64_t j) { return view_.row<float>(i)[j]; }
+  float at(int64_t i, int64_t j) const { return view_.row<float>(i)[j]; }
+  std::vector<double> values(int64_t i) const {
+    return {view_.row<float>(i), view_.row<float>(i) + cols_};
+  }
+  std::vector<float> bits() const { return memory_; }
+
+  // Nothing outside was written.
+  void expect_intact(const char* name) const {
+    const float* first = view_.as<float>();
+    for (size_t k = 0; k < memory_.size(); ++k) {
+      const int64_t offset = memory_.data() + k - first;
+      const bool inside = offset >= 0 && offset / stride_ < rows_ && offset % stride_ < cols_;
+      if (inside) continue;
+      ASSERT_EQ(memory_[k], kSentinel) << name << ", element " << offset;
+    }
+  }
+
+ private:
+  static constexpr float kSentinel = 12345.f;
+  static constexpr int64_t kGuard = 64;
+  int64_t rows_, cols_, margin_, stride_;
+  std::vector<float> memory_;
+  View view_;
+};
+
+std::string message_of(const std::function<void()>& f) {
+  try {
+    f();
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
+
+class DenseOps : public testing::TestWithParam<int> {
+ protected:
+  std::unique_ptr<Backend> backend = make_cpu_backend(GetParam());
+  std::mt19937 random{7};
+};
+INSTANTIATE_TEST_SUITE_P(Threads, DenseOps, testing::Values(1, 2));
+
+struct GemmCase {
+  int64_t m, n, k;
+  bool ta, tb, bf16, bias, inside;
+  float alpha, beta;
+};
+
+void check_gemm(Backend& backend, const GemmCase& test, std::mt19937& random) {
+  const auto [m, n, k, ta, tb, bf16, biased, inside, alpha, beta] = test;
+  SCOPED_TRACE(fmt::format("m {} n {} k {} ta {} tb {} bf16 {} bias {} inside {} alpha {} beta {}",
+                           m, n, k, ta, tb, bf16, biased, inside, alpha, beta));
+  Field a(ta ? k : m, ta ? m : k, random, inside), b(tb ? n : k, tb ? k : n, random, inside);
+  Field c(m, n, random, inside), bias(1, n, random, false);
+  Tensor half(backend, DType::bf16, {tb ? n : k, tb ? k : n});
+  if (bf16) {  // values that bf16 holds, so that the product is the same on every path
+    Tensor rounded(backend, DType::bf16, {ta ? k : m, ta ? m : k});
+    backend.copy(a, rounded);
+    backend.copy(rounded, a);
+    backend.copy(b, half);
+    backend.copy(half, b);
+  }
+  const Field before = c;
+  if (beta == 0) backend.fill(c, kNan);  // must not be read
+  backend.run(Gemm{.a = a,
+                   .b = bf16 ? half.view() : static_cast<const View&>(b),
+                   .c = c,
+                   .bias = biased ? bias.row() : View{},
+                   .ta = ta,
+                   .tb = tb,
+                   .alpha = alpha,
+                   .beta = beta});
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0, size = 0;
+      for (int64_t p = 0; p < k; ++p) {
+        const double term =
+            static_cast<double>(ta ? a.at(p, i) : a.at(i, p)) * (tb ? b.at(j, p) : b.at(p, j));
+        sum += term;
+        size += std::abs(term);
+      }
+      const double rest = (beta == 0 ? 0. : beta * static_cast<double>(before.at(i, j))) +
+                          (biased ? bias.at(0, j) : 0.);
+      ASSERT_NEAR(c.at(i, j), alpha * sum + rest,
+                  1e-6 * (std::abs(alpha) * size + std::abs(rest) + 1e-3))
+          << "row " << i << " column " << j;
+    }
+  }
+  c.expect_intact("c");
+}
+
+TEST_P(DenseOps, Gemm) {
+  const int64_t shapes[][3] = {{1, 1, 1},     {1, 17, 5},   {2, 64, 33},    {3, 48, 512},
+                               {4, 7, 100},   {5, 130, 31}, {8, 9, 64},     {16, 40, 64},
+                               {17, 40, 64},  {65, 96, 70}, {120, 51, 130}, {33, 16, 700},
+                               {1, 2048, 48}, {2, 600, 70}};
+  for (const auto& [m, n, k] : shapes)
+    for (const bool ta : {false, true})
+      for (const bool tb : {false, true})
+        for (const bool bf16 : {false, true})
+          for (const bool inside : {false, true}) {
+            check_gemm(*backend, {m, n, k, ta, tb, bf16, false, inside, 1, 0}, random);
+            check_gemm(*backend, {m, n, k, ta, tb, bf16, true, inside, 0.5f, 0}, random);
+            check_gemm(*backend, {m, n, k, ta, tb, bf16, false, inside, -2, 1}, random);
+            check_gemm(*backend, {m, n, k, ta, tb, bf16, true, inside, 1, 0.25f}, random);
+            if (HasFatalFailure()) return;
+          }
+}
+
+TEST_P(DenseOps, GemmOfManyWeightsIsWidenedInBlocks) {
+  check_gemm(*backend, {20, 1100, 1500, false, true, true, false, false, 1, 0}, random);
+  check_gemm(*backend, {20, 1100, 1500, false, false, true, true, true, 1, 1}, random);
+}
+
+TEST_P(DenseOps, GemmWithoutTerms) {
+  Field c(3, 4, random), bias(1, 4, random, false);
+  const Field before = c;
+  Tensor a(*backend, DType::f32, {3, 0}), b(*backend, DType::f32, {4, 0});
+  backend->run(Gemm{.a = a, .b = b, .c = c, .bias = bias.row(), .tb = true, .beta = 2});
+  for (int i = 0; i < 3; ++i)
+    for (int j = 0; j < 4; ++j) EXPECT_FLOAT_EQ(c.at(i, j), 2 * before.at(i, j) + bias.at(0, j));
+  Tensor none(*backend, DType::f32, {0, 4}), empty(*backend, DType::f32, {0, 5});
+  Tensor weight(*backend, DType::f32, {4, 5});
+  backend->run(Gemm{.a = empty, .b = weight, .c = none, .tb = true});
+}
+
+TEST_P(DenseOps, GemmKeepsNan) {
+  for (const int64_t m : {1, 3, 40}) {
+    Field a(m, 24, random), b(20, 24, random), c(m, 20);
+    b.at(5, 7) = kNan;
+    backend->run(Gemm{.a = a, .b = b, .c = c, .tb = true});
+    for (int64_t i = 0; i < m; ++i)
+      for (int j = 0; j < 20; ++j) ASSERT_EQ(std::isnan(c.at(i, j)), j == 5);
+  }
+}
+
+TEST_P(DenseOps, SameBitsTwice) {
+  for (const int64_t m : {1, 70, 513}) {
+    Field a(m, 300, random), b(200, 300, random), c(m, 200), again(m, 200);
+    Field weight(300, 200, random), sum(1, 300, random, false);
+    backend->run(Gemm{.a = a, .b = b, .c = c, .tb = true});
+    backend->run(Gemm{.a = a, .b = b, .c = again, .tb = true});
+    EXPECT_EQ(c.bits(), again.bits());
+    Field dw(200, 300), dw_again(200, 300);
+    backend->run(Gemm{.a = c, .b = a, .c = dw, .ta = true});
+    backend->run(Gemm{.a = c, .b = a, .c = dw_again, .ta = true});
+    EXPECT_EQ(dw.bits(), dw_again.bits());
+    Field sum_again = sum;
+    backend->run(SumRows{.x = a, .out = sum.row()});
+    backend->run(SumRows{.x = a, .out = sum_again.row()});
+    EXPECT_EQ(sum.bits(), sum_again.bits());
+  }
+}
+
+TEST_P(DenseOps, GemmNamesTheOperand) {
+  Field a(3, 16, random, false), b(512, 16, random, false), c(3, 256, random, false);
+  EXPECT_EQ(message_of([&] { backend->run(Gemm{.a = a, .b = b, .c = c, .tb = true}); }),
+            "gemm: b is (512, 16) f32, expected (256, 16) f32");
+  EXPECT_EQ(message_of([&] { backend->run(Gemm{.a = a, .c = c}); }),
+            "gemm: b is missing, expected (16, 256) f32");
+  EXPECT_EQ(message_of([&] { backend->run(Gemm{.a = a, .b = c, .c = a.row(0)}); }),
+            "gemm: c is (16) f32, expected 2 dimensions");
+}
+
+TEST_P(DenseOps, SumRows) {
+  for (const auto& [t, c] : {std::pair{1, 1}, {3, 17}, {1500, 33}, {2100, 64}}) {
+    Field x(t, c, random), out(1, c, random, false);
+    const Field before = out;
+    backend->run(SumRows{.x = x, .out = out.row()});
+    for (int j = 0; j < c; ++j) {
+      double sum = before.at(0, j);
+      for (int i = 0; i < t; ++i) sum += x.at(i, j);
+      ASSERT_NEAR(out.at(0, j), sum, 1e-5 * std::sqrt(t)) << t << " x " << c;
+    }
+    out.expect_intact("out");
+  }
+}
+
+std::vector<int32_t> random_ids(int64_t count, int32_t below, std::mt19937& random) {
+  std::vector<int32_t> ids(count);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random() % below);
+  return ids;
+}
+
+View ids_view(std::vector<int32_t>& ids) {
+  return host_view(ids.data(), DType::i32, {static_cast<int64_t>(ids.size())});
+}
+
+TEST_P(DenseOps, Embed) {
+  for (const auto& [t, v, d] : {std::tuple{1, 1, 1}, {7, 5, 19}, {700, 16, 64}}) {
+    Field table(v, d, random), y(t, d), from_half(t, d);
+    auto ids = random_ids(t, v, random);
+    Tensor half(*backend, DType::bf16, {v, d});
+    backend->copy(table, half);
+    backend->run(Embed{.ids = ids_view(ids), .table = table, .y = y});
+    backend->run(Embed{.ids = ids_view(ids), .table = half, .y = from_half});
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < d; ++j) {
+        ASSERT_EQ(y.at(i, j), table.at(ids[i], j));
+        ASSERT_NEAR(from_half.at(i, j), table.at(ids[i], j), 4e-3 * std::abs(y.at(i, j)));
+      }
+    y.expect_intact("y");
+  }
+}
+
+TEST_P(DenseOps, EmbedBackward) {
+  // Small tables are summed in blocks of rows, the last one is too large for that.
+  for (const auto& [t, v, d] : {std::tuple{1, 1, 1}, {7, 5, 19}, {2500, 16, 40}, {300, 3000, 33}}) {
+    Field dy(t, d, random), dtable(v, d, random);
+    const Field before = dtable;
+    auto ids = random_ids(t, v, random);
+    backend->run(EmbedBackward{.ids = ids_view(ids), .dy = dy, .dtable = dtable});
+    std::vector<double> want(v * d);
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < d; ++j) want[ids[i] * d + j] += dy.at(i, j);
+    for (int i = 0; i < v; ++i)
+      for (int j = 0; j < d; ++j)
+        ASSERT_NEAR(dtable.at(i, j), want[i * d + j] + before.at(i, j), 2e-5) << t << ' ' << v;
+    dtable.expect_intact("dtable");
+    Field again = before;
+    backend->run(EmbedBackward{.ids = ids_view(ids), .dy = dy, .dtable = again});
+    EXPECT_EQ(dtable.bits(), again.bits());
+  }
+}
+
+TEST_P(DenseOps, EmbedRefusesIds) {
+  Field table(16, 8, random), y(3, 8);
+  std::vector<int32_t> ids = {3, 16, 0};
+  const auto run = [&] { backend->run(Embed{.ids = ids_view(ids), .table = table, .y = y}); };
+  EXPECT_EQ(message_of(run), "embed: id 16 in row 1, expected 0 to 15");
+  ids[1] = -1;
+  EXPECT_EQ(message_of(run), "embed: id -1 in row 1, expected 0 to 15");
+  EXPECT_EQ(message_of([&] {
+              backend->run(EmbedBackward{.ids = ids_view(ids), .dy = y, .dtable = table});
+            }),
+            "embed backward: id -1 in row 1, expected 0 to 15");
+}
+
+std::vector<double> weights_of(const Field& weight, bool given) {
+  return given ? weight.values(0) : std::vector<double>{};
+}
+
+TEST_P(DenseOps, Norm) {
+  const double eps = 1e-3;
+  for (const auto& [t, d] : {std::pair{1, 1}, {5, 31}, {3, 256}, {300, 200}})
+    for (const bool residual : {false, true})
+      for (const bool weighted : {false, true}) {
+        Field x(t, d, random), add(t, d, random), weight(1, d, random, false);
+        Field y(t, d), sum(t, d), rstd(t, 1, false);
+        backend->run(Norm{.x = x,
+                          .residual = residual ? static_cast<const View&>(add) : View{},
+                          .weight = weighted ? weight.row() : View{},
+                          .y = y,
+                          .residual_out = sum,
+                          .rstd = rstd.column(),
+                          .eps = static_cast<float>(eps)});
+        for (int i = 0; i < t; ++i) {
+          std::vector<double> r = x.values(i);
+          double square = 0;
+          for (int j = 0; j < d; ++j) {
+            if (residual) r[j] += add.at(i, j);
+            ASSERT_FLOAT_EQ(sum.at(i, j), static_cast<float>(r[j]));
+            square += r[j] * r[j];
+          }
+          ASSERT_NEAR(rstd.at(i, 0), 1 / std::sqrt(square / d + eps), 1e-5 * rstd.at(i, 0));
+          const auto want = reference::norm(r, weights_of(weight, weighted), eps);
+          for (int j = 0; j < d; ++j)
+            ASSERT_NEAR(y.at(i, j), want[j], 2e-6 * std::abs(want[j]) + 1e-7);
+        }
+        y.expect_intact("y");
+        sum.expect_intact("residual_out");
+        rstd.expect_intact("rstd");
+
+        // In place: y on x, and the sum on the residual.
+        Field x_own = x, sum_own = add;
+        backend->run(Norm{.x = x_own,
+                          .residual = residual ? static_cast<const View&>(sum_own) : View{},
+                          .weight = weighted ? weight.row() : View{},
+                          .y = x_own,
+                          .residual_out = residual ? static_cast<const View&>(sum_own) : View{},
+                          .eps = static_cast<float>(eps)});
+        for (int i = 0; i < t; ++i)
+          for (int j = 0; j < d; ++j) {
+            ASSERT_EQ(x_own.at(i, j), y.at(i, j));
+            ASSERT_TRUE(!residual || sum_own.at(i, j) == sum.at(i, j));
+          }
+      }
+}
+
+TEST_P(DenseOps, NormBackwardByComplexStep) {
+  const double eps = 1e-3;
+  for (const auto& [t, d] : {std::pair{1, 1}, {5, 31}, {1100, 40}})
+    for (const bool residual : {false, true})
+      for (const bool weighted : {false, true}) {
+        Field x(t, d, random), weight(1, d, random, false), dy(t, d, random), up(t, d, random);
+        Field y(t, d), rstd(t, 1, false), dx(t, d), dweight(1, d, random, false);
+        const Field before = dweight;
+        backend->run(Norm{.x = x,
+                          .weight = weighted ? weight.row() : View{},
+                          .y = y,
+                          .rstd = rstd.column(),
+                          .eps = static_cast<float>(eps)});
+        const NormBackward op{.x = x,
+                              .weight = weighted ? weight.row() : View{},
+                              .rstd = rstd.column(),
+                              .dy = dy,
+                              .dresidual = residual ? static_cast<const View&>(up) : View{},
+                              .dx = dx,
+                              .dweight = weighted ? dweight.row() : View{},
+                              .eps = static_cast<float>(eps)};
+        backend->run(op);
+        std::vector<double> want_dweight = before.values(0);
+        for (int i = 0; i < t; ++i) {
+          const auto values = x.values(i), scale = weights_of(weight, weighted);
+          if (t < 100 || i % 97 == 0) {
+            for (int j = 0; j < d; ++j) {
+              std::vector<Complex> r(values.begin(), values.end());
+              r[j] += Complex(0, reference::kStep);
+              const auto out =
+                  reference::norm(r, std::vector<Complex>(scale.begin(), scale.end()), eps);
+              double want = residual ? up.at(i, j) : 0;
+              for (int l = 0; l < d; ++l) want += dy.at(i, l) * out[l].imag() / reference::kStep;
+              ASSERT_NEAR(dx.at(i, j), want, 2e-5) << i << ' ' << j;
+            }
+          }
+          const auto normed = reference::norm(values, {}, eps);
+          for (int j = 0; j < d; ++j) want_dweight[j] += dy.at(i, j) * normed[j];
+        }
+        for (int j = 0; j < d && weighted; ++j)
+          ASSERT_NEAR(dweight.at(0, j), want_dweight[j], 1e-5 * std::sqrt(t) + 1e-5);
+        dx.expect_intact("dx");
+        dweight.expect_intact("dweight");
+
+        // dx may be dy or dresidual, and the same bits come out.
+        Field dy_own = dy, up_own = up;
+        NormBackward own = op;
+        own.dweight = {};
+        own.dy = own.dx = dy_own;
+        backend->run(own);
+        EXPECT_EQ(dy_own.at(t - 1, d - 1), dx.at(t - 1, d - 1));
+        if (!residual) continue;
+        own = op;
+        own.dweight = {};
+        own.dresidual = own.dx = up_own;
+        backend->run(own);
+        EXPECT_EQ(up_own.at(t - 1, 0), dx.at(t - 1, 0));
+      }
+}
+
+TEST_P(DenseOps, NormKeepsNanInItsRow) {
+  Field x(4, 50, random), y(4, 50);
+  x.at(2, 33) = kNan;
+  backend->run(Norm{.x = x, .y = y});
+  for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 50; ++j) ASSERT_EQ(std::isnan(y.at(i, j)), i == 2);
+  EXPECT_EQ(message_of([&] { backend->run(Norm{.x = x, .residual = y, .y = y}); }),
+            "norm: residual_out is missing, expected (4, 50) f32 with residual");
+}
+
+// The same sequences whole, and cut into pieces with the state carried and forked.
+TEST_P(DenseOps, PoolInPieces) {
+  const int64_t d = 75;
+  for (const Pooling pooling : {Pooling::last, Pooling::mean}) {
+    Field x(2000, d, random), y(3, d), whole(3, d);
+    Tensor state(*backend, DType::f64, {4, d + 1});
+    backend->fill(state, 1e9);  // what is not read does not matter
+    const Rows all(
+        *backend,
+        {{.begin = 0, .length = 1}, {.begin = 1, .length = 63}, {.begin = 64, .length = 1936}});
+    backend->run(Pool{.x = x, .y = whole, .rows = &all, .pooling = pooling});
+    const Rows first(*backend, {{.begin = 0, .length = 1},
+                                {.begin = 1, .length = 40, .to = 2, .last = false},
+                                {.begin = 41, .length = 1, .to = 0, .last = false}});
+    Field none(1, d);
+    backend->run(
+        Pool{.x = x.rows(0, 42), .y = none, .state = state, .rows = &first, .pooling = pooling});
+    for (int64_t j = 0; j < d; ++j) ASSERT_FLOAT_EQ(none.at(0, j), whole.at(0, j));
+    const Rows second(*backend, {{.begin = 0, .length = 23, .position = 40, .from = 2, .to = 3},
+                                 {.begin = 23, .length = 1936, .position = 0}});
+    Field rest(2, d);
+    backend->run(Pool{
+        .x = x.rows(41, 1959), .y = rest, .state = state, .rows = &second, .pooling = pooling});
+    for (int64_t i = 0; i < 3; ++i) {
+      const Piece& piece = all.pieces()[i];
+      for (int64_t j = 0; j < d; ++j) {
+        double sum = 0;
+        for (int64_t t = 0; t < piece.length; ++t) sum += x.at(piece.begin + t, j);
+        const double want = pooling == Pooling::mean ? sum / static_cast<double>(piece.length)
+                                                     : x.at(piece.begin + piece.length - 1, j);
+        ASSERT_NEAR(whole.at(i, j), want, 1e-6);
+        ASSERT_TRUE(i == 0 || rest.at(i - 1, j) == whole.at(i, j));
+      }
+    }
+    rest.expect_intact("y");
+    if (pooling == Pooling::mean) {
+      EXPECT_EQ(state.view().row<double>(2)[d], 40);  // the forked state stays
+      EXPECT_EQ(state.view().row<double>(3)[d], 63);
+      EXPECT_EQ(state.view().row<double>(1)[0], 1e9);
+    }
+  }
+}
+
+TEST_P(DenseOps, PoolBackward) {
+  const int64_t d = 75;
+  const Rows rows(
+      *backend,
+      {{.begin = 0, .length = 1}, {.begin = 1, .length = 63}, {.begin = 64, .length = 936}});
+  Field dy(3, d, random);
+  for (const Pooling pooling : {Pooling::last, Pooling::mean}) {
+    Field dx(1000, d);
+    backend->run(PoolBackward{.dy = dy, .dx = dx, .rows = &rows, .pooling = pooling});
+    for (int64_t i = 0; i < 3; ++i) {
+      const Piece& piece = rows.pieces()[i];
+      for (int64_t t = 0; t < piece.length; ++t)
+        for (int64_t j = 0; j < d; ++j) {
+          const double own = pooling == Pooling::mean ? 1. / static_cast<double>(piece.length)
+                                                      : (t + 1 == piece.length ? 1. : 0.);
+          ASSERT_FLOAT_EQ(dx.at(piece.begin + t, j), static_cast<float>(dy.at(i, j) * own));
+        }
+    }
+    dx.expect_intact("dx");
+  }
+  const Rows cut(*backend, {{.begin = 0, .length = 1000, .last = false}});
+  Field dx(1000, d), no_dy(0, d);
+  EXPECT_EQ(message_of([&] { backend->run(PoolBackward{.dy = no_dy, .dx = dx, .rows = &cut}); }),
+            "pool backward: piece 0 is not a whole sequence");
+}
+
+TEST_P(DenseOps, CrossEntropyByComplexStep) {
+  const float scale = 0.7f;
+  for (const auto& [m, v] : {std::pair{1, 1}, {9, 5}, {600, 16}, {4, 300}})
+    for (const bool weighted : {false, true}) {
+      Field logits(m, v, random), loss(m, 1, false), dlogits(m, v), weights(1, v, random, false);
+      for (int j = 0; j < v; ++j) weights.at(0, j) = std::abs(weights.at(0, j));
+      for (int j = 0; j < v; ++j) logits.at(0, j) *= 50;
+      auto targets = random_ids(m, v, random);
+      if (m > 3) targets[3] = -1;
+      const CrossEntropy op{.logits = logits,
+                            .targets = ids_view(targets),
+                            .loss = loss.column(),
+                            .dlogits = dlogits,
+                            .class_weights = weighted ? weights.row() : View{},
+                            .scale = scale};
+      backend->run(op);
+      for (int i = 0; i < m; ++i) {
+        if (targets[i] < 0) {
+          ASSERT_EQ(loss.at(i, 0), 0);
+          for (int j = 0; j < v; ++j) ASSERT_EQ(dlogits.at(i, j), 0);
+          continue;
+        }
+        const double weight = weighted ? weights.at(0, targets[i]) : 1;
+        const double want = reference::cross_entropy(logits.values(i), targets[i], weight);
+        ASSERT_NEAR(loss.at(i, 0), want, 2e-6 * std::abs(want) + 1e-6);
+        const auto values = logits.values(i);
+        for (int j = 0; j < v; ++j) {
+          std::vector<Complex> x(values.begin(), values.end());
+          x[j] += Complex(0, reference::kStep);
+          const double slope =
+              reference::cross_entropy(x, targets[i], weight).imag() / reference::kStep;
+          ASSERT_NEAR(dlogits.at(i, j), scale * slope, 2e-6);
+        }
+      }
+      dlogits.expect_intact("dlogits");
+      loss.expect_intact("loss");
+      Field own = logits, alone(m, 1, false);
+      CrossEntropy in_place = op;
+      in_place.logits = in_place.dlogits = own;
+      backend->run(in_place);
+      for (int i = 0; i < m; ++i)
+        for (int j = 0; j < v; ++j) ASSERT_EQ(own.at(i, j), dlogits.at(i, j));
+      CrossEntropy loss_only = op;
+      loss_only.dlogits = {};
+      loss_only.loss = alone.column();
+      backend->run(loss_only);
+      EXPECT_EQ(alone.bits(), loss.bits());
+    }
+}
+
+TEST_P(DenseOps, CrossEntropyOfNanAndInfinity) {
+  const float inf = std::numeric_limits<float>::infinity();
+  Field logits(5, 33, random), loss(5, 1, false), dlogits(5, 33);
+  logits.at(1, 20) = kNan;
+  logits.at(2, 32) = kNan;
+  logits.at(3, 4) = inf;
+  for (int j = 5; j < 30; ++j) logits.at(4, j) = -inf;  // ruled out: an ordinary case
+  std::vector<int32_t> targets = {0, 1, 2, 3, 4};
+  backend->run(CrossEntropy{
+      .logits = logits, .targets = ids_view(targets), .loss = loss.column(), .dlogits = dlogits});
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(std::isnan(loss.at(i, 0)), i >= 1 && i <= 3) << i;
+    EXPECT_EQ(std::isnan(dlogits.at(i, 0)), i >= 1 && i <= 3) << i;
+  }
+  EXPECT_EQ(dlogits.at(4, 7), 0);
+  targets[2] = 33;
+  EXPECT_EQ(message_of([&] {
+              backend->run(CrossEntropy{
+                  .logits = logits, .targets = ids_view(targets), .loss = loss.column()});
+            }),
+            "cross_entropy: target 33 in row 2, expected -1 to 32");
+}
+
+TEST_P(DenseOps, SumSquaresIsTheSameForAnyThreads) {
+  for (const int count : {1, 100, 200'001}) {
+    Field x(1, count, random, false);
+    double out = 2, alone = 2, want = 2;
+    backend->run(SumSquares{.x = x.row(), .out = host_view(&out, DType::f64, {1})});
+    make_cpu_backend(1)->run(SumSquares{.x = x.row(), .out = host_view(&alone, DType::f64, {1})});
+    for (int i = 0; i < count; ++i) want += static_cast<double>(x.at(0, i)) * x.at(0, i);
+    EXPECT_NEAR(out, want, 1e-12 * want);
+    EXPECT_EQ(out, alone);
+  }
+  Field x(1, 5, random, false);
+  x.at(0, 4) = kNan;
+  double out = 0;
+  backend->run(SumSquares{.x = x.row(), .out = host_view(&out, DType::f64, {1})});
+  EXPECT_TRUE(std::isnan(out));
+}
+
+TEST_P(DenseOps, TenStepsOfAdamW) {
+  const int count = 70'003;
+  Field w(1, count, random, false), m(1, count, false), v(1, count, false);
+  backend->fill(m, 0);
+  backend->fill(v, 0);
+  std::vector<reference::AdamWElement> want(count);
+  for (int i = 0; i < count; ++i) want[i].w = w.at(0, i);
+  for (int step = 1; step <= 10; ++step) {
+    Field g(1, count, random, false);
+    const float lr = 1e-2f / static_cast<float>(step), scale = 0.5f;
+    backend->run(AdamW{.w = w.row(),
+                       .g = g.row(),
+                       .m = m.row(),
+                       .v = v.row(),
+                       .lr = lr,
+                       .beta1 = 0.9f,
+                       .beta2 = 0.95f,
+                       .eps = 1e-8f,
+                       .decay = 0.1f,
+                       .grad_scale = scale,
+                       .step = step});
+    for (int i = 0; i < count; ++i)
+      want[i].step(static_cast<double>(g.at(0, i)) * scale, lr, 0.9f, 0.95f, 1e-8f, 0.1f, step);
+  }
+  for (int i = 0; i < count; ++i) {
+    ASSERT_NEAR(w.at(0, i), want[i].w, 2e-6);
+    ASSERT_NEAR(m.at(0, i), want[i].m, 1e-6);
+    ASSERT_NEAR(v.at(0, i), want[i].v, 1e-6);
+  }
+  w.expect_intact("w");
+  Field other(1, 3, random, false);
+  EXPECT_EQ(
+      message_of([&] {
+        backend->run(AdamW{.w = w.row(), .g = other.row(), .m = m.row(), .v = v.row(), .lr = 1});
+      }),
+      "adamw: g is (3) f32, expected (70003) f32, contiguous");
+}
+
+}  // namespace
+}  // namespace coil
