@@ -37,14 +37,16 @@ inline Config classifier_config(Pooling pooling) {
   return config;
 }
 
-// D = 1, zero biases and unit norms would hide mistakes.
+// D = 1, zero biases and unit norms would hide mistakes, and so would the small dt of a new model:
+// its state hardly changes.
 inline Model random_model(Backend& backend, const Config& config, uint64_t seed) {
   Model model = make_model(backend, config, seed);
   Philox random(seed, 1, 1);
   for (const Param& param : declare(model)) {
-    const double scale = param.info.init == Init::embedding ? 1 : 0.1;
+    const double scale = param.info.init == Init::embedding ? 1 : 0.2;
+    const double mean = param.info.init == Init::dt_bias ? 3 : 0;
     for (float& value : param.tensor->span<float>())
-      value += static_cast<float>(scale * random.normal());
+      value += static_cast<float>(mean + scale * random.normal());
   }
   return model;
 }
