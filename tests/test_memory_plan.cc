@@ -1,0 +1,63 @@
+// The memory plan against what the shapes say, and what it must not depend on.
+#include <gtest/gtest.h>
+
+#include "kernels/error.h"
+#include "model/memory_plan.h"
+
+namespace coil {
+namespace {
+
+Config small() {
+  Config config;
+  config.layers.resize(3);
+  config.labels = {"a", "b"};
+  config.objective = Objective::classify;
+  return config;
+}
+
+TEST(MemoryPlan, WeightsAndStateAreThoseOfTheShapes) {
+  const Config config = small();
+  const MemoryPlan plan = plan_memory(config, {.length = 1'000'000, .sequences = 5, .chunk = 1000});
+  EXPECT_EQ(plan.weights, 4 * parameters(config));
+  const int64_t layer = 4 * (config.w - 1) * config.e + 4 * config.e * config.n;
+  EXPECT_EQ(plan.state, 5 * (3 * layer + 8 * (config.d + 1)));
+  EXPECT_EQ(plan.gradients + plan.moments, 0);
+
+  const MemoryPlan half =
+      plan_memory(config, {.length = 1'000'000, .chunk = 1000, .matrices = DType::bf16});
+  EXPECT_LT(half.weights, 0.65 * static_cast<double>(plan.weights));
+  EXPECT_GT(half.weights, plan.weights / 2);  // norms, A_log and the like stay f32
+}
+
+TEST(MemoryPlan, InferenceDependsOnTheChunkAndNotOnTheLength) {
+  const MemoryPlan kilo = plan_memory(small(), {.length = 10'000, .chunk = 1000});
+  const MemoryPlan giga = plan_memory(small(), {.length = 1'000'000'000, .chunk = 1000});
+  EXPECT_EQ(kilo.total(), giga.total());
+  const MemoryPlan wide = plan_memory(small(), {.length = 10'000, .chunk = 2000});
+  EXPECT_NEAR(static_cast<double>(wide.activations), 2.0 * static_cast<double>(kilo.activations),
+              0.01 * static_cast<double>(wide.activations));
+  // At least x|z, conv, dt|B|C and the residual stream of one layer.
+  const Config config = small();
+  EXPECT_GT(kilo.activations, 4 * 1000 * (3 * config.e + config.dt_rank + 2 * config.n + config.d));
+}
+
+TEST(MemoryPlan, TrainingHoldsEveryLayer) {
+  const Config config = small();
+  const MemoryPlan plan = plan_memory(config, {.length = 1024, .sequences = 4, .train = true});
+  EXPECT_EQ(plan.gradients, plan.weights);
+  EXPECT_EQ(plan.moments, 2 * plan.weights);
+  EXPECT_EQ(plan.state, 0);
+  const int64_t saved = 4096 * (2 * config.d + 5 * config.e + config.dt_rank + 2 * config.n + 1) +
+                        4 * (1024 / kScanBlock) * config.e * config.n;
+  EXPECT_GT(plan.activations, 3 * 4 * saved);
+  EXPECT_LT(plan.activations, 5 * 4 * saved);
+}
+
+TEST(MemoryPlan, RefusesWhatIsNoPlan) {
+  EXPECT_THROW(plan_memory(small(), {.length = 0}), Error);
+  EXPECT_THROW(plan_memory(small(), {.length = 5, .sequences = 0}), Error);
+  EXPECT_THROW(plan_memory(small(), {.length = int64_t{1} << 40, .sequences = 1000}), Error);
+}
+
+}  // namespace
+}  // namespace coil
