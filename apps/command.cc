@@ -118,20 +118,20 @@ std::string nearest(const std::string& word, const std::vector<std::string>& nam
 
 namespace {
 
-// Boost lists positionals as options: "  --model arg" becomes "  MODEL      ".
+// Boost lists positionals as options: "  --model FOLDER  …" becomes "  MODEL           …".
 std::string help_text(const po::options_description& options,
                       const std::vector<std::string>& positional) {
   std::stringstream printed;
   printed << options;
   std::string text, line;
   while (std::getline(printed, line)) {
-    for (const std::string& name : positional) {
-      const size_t begin = line.find("--" + name + " arg");
-      if (begin == std::string::npos || line.find_first_not_of(' ') > begin) continue;
-      std::string capitals = name;
-      std::transform(name.begin(), name.end(), capitals.begin(),
+    for (std::string name : positional) {
+      const std::string prefix = fmt::format("  --{} ", name);
+      if (!line.starts_with(prefix)) continue;
+      const size_t value_end = std::min(line.size(), line.find(' ', prefix.size()));
+      std::transform(name.begin(), name.end(), name.begin(),
                      [](unsigned char c) { return std::toupper(c); });
-      line.replace(begin, name.size() + 6, capitals + std::string(6, ' '));
+      line.replace(2, value_end - 2, fmt::format("{:<{}}", name, value_end - 2));
     }
     text += line + "\n";
   }
