@@ -69,9 +69,7 @@ HWY_EXPORT(scale_add);
 
 namespace {
 
-constexpr int64_t kSkinnyRows = 4;  // up to which skinny.cc is faster
-constexpr int64_t kSkinnyRowsBf16 =
-    16;  // the same where the weights would have to be widened first
+constexpr int64_t kSkinnyRows = 16;      // of a bf16 product, up to which skinny.cc is faster
 constexpr int64_t kParallel = 32 << 10;  // elements from which threads pay
 constexpr int64_t kWidened = 1 << 20;    // elements of weights widened at a time
 
@@ -173,30 +171,25 @@ void CpuBackend::run(const Gemm& op) {
   expect_if("gemm", "bias", op.bias, DType::f32, {n});
   if (m * n == 0) return;
 
-  if (op.tb && !op.ta && k > 0 && m <= (bf16 ? kSkinnyRowsBf16 : kSkinnyRows)) {
-    Tensor split;  // (m, k)
-    if (bf16) {
-      split = Tensor(*this, DType::f32, {m, k});
-      split_pairs(op.a.as<float>(), m, k, op.a.stride[0], split.as<float>());
-    }
-    const SkinnyProduct product{.a = op.a.as<float>(),
-                                .split = split.as<float>(),
-                                .b = op.b.data,
+  if (bf16 && op.tb && !op.ta && k > 0 && m <= kSkinnyRows) {
+    const Tensor split(*this, DType::f32, {m, k});
+    split_pairs(op.a.as<float>(), m, k, op.a.stride[0], split.as<float>());
+    const SkinnyProduct product{.a = split.as<float>(),
+                                .b = op.b.as<uint16_t>(),
                                 .bias = op.bias.as<float>(),
                                 .c = op.c.as<float>(),
                                 .m = m,
                                 .k = k,
-                                .a_stride = op.a.stride[0],
                                 .b_stride = op.b.stride[0],
                                 .c_stride = op.c.stride[0],
                                 .alpha = op.alpha,
                                 .beta = op.beta};
-    if (n * k < kParallel || threads_ == 1) return skinny_product(product, bf16, 0, n);
+    if (n * k < kParallel || threads_ == 1) return skinny_product(product, 0, n);
 #pragma omp parallel num_threads(threads_)
     {
       const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
       const int64_t blocks = (n + 3) / 4;
-      skinny_product(product, bf16, blocks * thread / count * 4,
+      skinny_product(product, blocks * thread / count * 4,
                      std::min(n, blocks * (thread + 1) / count * 4));
     }
     return;

@@ -1,9 +1,9 @@
-// A few rows times a weight matrix that lies (n, k), f32 or bf16: decoding, one step of each
-// sequence.
+// A few rows times a bf16 weight matrix that lies (n, k): decoding, one step of each sequence.
 //
-// The time is that of reading the weights, so they are read once, in order, and bf16 is unpacked in
-// registers: a pair of bf16 in 32 bits is the second one after a mask and the first one after a
-// shift.
+// The time is that of reading the weights, so they are read once, in order, and unpacked in
+// registers: of a pair of bf16 in 32 bits the second is what a mask leaves and the first what a
+// shift does. 25 to 29 GB/s per core of a Xeon of 2023, where the f32 product of oneDNN reaches 29.
+// (For f32 weights such a loop gains nothing over oneDNN.)
 #include "kernels/cpu/skinny.h"
 
 #include <algorithm>
@@ -30,42 +30,31 @@ float widened(uint16_t x) {
 }
 
 // kM rows of a with kN rows of b: kM * kN sums in registers.
-template <bool kBf16, int kM, int kN>
+template <int kM, int kN>
 HWY_INLINE void tile(const SkinnyProduct& op, int64_t row, int64_t column) {
   const FloatTag tag;
   const BitsTag bits;
-  const int64_t lanes = hn::Lanes(tag), step = kBf16 ? 2 * lanes : lanes, k = op.k;
-  const float* a = (kBf16 ? op.split : op.a) + row * (kBf16 ? k : op.a_stride);
-  const int64_t a_stride = kBf16 ? k : op.a_stride;
-  const uint16_t* half = static_cast<const uint16_t*>(op.b) + column * op.b_stride;
-  const float* full = static_cast<const float*>(op.b) + column * op.b_stride;
+  const int64_t lanes = hn::Lanes(tag), k = op.k;
+  const float* a = op.a + row * k;
+  const uint16_t* b = op.b + column * op.b_stride;
   Floats sums[kM][kN];
   for (int i = 0; i < kM; ++i)
     for (int j = 0; j < kN; ++j) sums[i][j] = hn::Zero(tag);
   int64_t p = 0;
-  for (; p + step <= k; p += step) {
-    if constexpr (kBf16) {
-      Floats even[kM], odd[kM];
+  for (; p + 2 * lanes <= k; p += 2 * lanes) {
+    Floats even[kM], odd[kM];
+    for (int i = 0; i < kM; ++i) {
+      even[i] = hn::LoadU(tag, a + i * k + p);
+      odd[i] = hn::LoadU(tag, a + i * k + p + lanes);
+    }
+    for (int j = 0; j < kN; ++j) {
+      const auto pairs =
+          hn::LoadU(bits, reinterpret_cast<const uint32_t*>(b + j * op.b_stride + p));
+      const auto first = hn::BitCast(tag, hn::ShiftLeft<16>(pairs));
+      const auto second = hn::BitCast(tag, hn::And(pairs, hn::Set(bits, 0xffff0000u)));
       for (int i = 0; i < kM; ++i) {
-        even[i] = hn::LoadU(tag, a + i * a_stride + p);
-        odd[i] = hn::LoadU(tag, a + i * a_stride + p + lanes);
-      }
-      for (int j = 0; j < kN; ++j) {
-        const auto pairs =
-            hn::LoadU(bits, reinterpret_cast<const uint32_t*>(half + j * op.b_stride + p));
-        const auto first = hn::BitCast(tag, hn::ShiftLeft<16>(pairs));
-        const auto second = hn::BitCast(tag, hn::And(pairs, hn::Set(bits, 0xffff0000u)));
-        for (int i = 0; i < kM; ++i) {
-          sums[i][j] = hn::MulAdd(even[i], first, sums[i][j]);
-          sums[i][j] = hn::MulAdd(odd[i], second, sums[i][j]);
-        }
-      }
-    } else {
-      Floats left[kM];
-      for (int i = 0; i < kM; ++i) left[i] = hn::LoadU(tag, a + i * a_stride + p);
-      for (int j = 0; j < kN; ++j) {
-        const auto right = hn::LoadU(tag, full + j * op.b_stride + p);
-        for (int i = 0; i < kM; ++i) sums[i][j] = hn::MulAdd(left[i], right, sums[i][j]);
+        sums[i][j] = hn::MulAdd(even[i], first, sums[i][j]);
+        sums[i][j] = hn::MulAdd(odd[i], second, sums[i][j]);
       }
     }
   }
@@ -73,9 +62,7 @@ HWY_INLINE void tile(const SkinnyProduct& op, int64_t row, int64_t column) {
     float* c = op.c + (row + i) * op.c_stride + column;
     for (int j = 0; j < kN; ++j) {
       float sum = hn::GetLane(hn::SumOfLanes(tag, sums[i][j]));
-      for (int64_t q = p; q < k; ++q)
-        sum += a[i * a_stride + q] *
-               (kBf16 ? widened(half[j * op.b_stride + q]) : full[j * op.b_stride + q]);
+      for (int64_t q = p; q < k; ++q) sum += a[i * k + q] * widened(b[j * op.b_stride + q]);
       sum *= op.alpha;
       if (op.beta != 0) sum += op.beta * c[j];
       if (op.bias) sum += op.bias[column + j];
@@ -84,21 +71,21 @@ HWY_INLINE void tile(const SkinnyProduct& op, int64_t row, int64_t column) {
   }
 }
 
-template <bool kBf16>
-HWY_INLINE void columns(const SkinnyProduct& op, int64_t begin, int64_t end) {
-  for (int64_t column = begin; column < end;) {
-    const bool four = column + 4 <= end;
-    int64_t row = 0;
-    for (; row + 4 <= op.m; row += 4)
-      four ? tile<kBf16, 4, 4>(op, row, column) : tile<kBf16, 4, 1>(op, row, column);
-    for (; row < op.m; ++row)
-      four ? tile<kBf16, 1, 4>(op, row, column) : tile<kBf16, 1, 1>(op, row, column);
-    column += four ? 4 : 1;
-  }
+// All rows of a with kN rows of b, which stay in the first-level cache.
+template <int kN>
+HWY_INLINE void all_rows(const SkinnyProduct& op, int64_t column) {
+  int64_t row = 0;
+  for (; row + 4 <= op.m; row += 4) tile<4, kN>(op, row, column);
+  if (row + 2 <= op.m) tile<2, kN>(op, row, column), row += 2;
+  if (row < op.m) tile<1, kN>(op, row, column);
 }
 
-void skinny(const SkinnyProduct& op, bool bf16, int64_t begin, int64_t end) {
-  bf16 ? columns<true>(op, begin, end) : columns<false>(op, begin, end);
+void skinny(const SkinnyProduct& op, int64_t begin, int64_t end) {
+  int64_t column = begin;
+  if (op.m == 1)
+    for (; column + 8 <= end; column += 8) tile<1, 8>(op, 0, column);
+  for (; column + 4 <= end; column += 4) all_rows<4>(op, column);
+  for (; column < end; ++column) all_rows<1>(op, column);
 }
 
 void split_rows(const float* a, int64_t m, int64_t k, int64_t a_stride, float* split) {
@@ -135,8 +122,8 @@ HWY_EXPORT(skinny);
 HWY_EXPORT(split_rows);
 HWY_EXPORT(widen_row);
 
-void skinny_product(const SkinnyProduct& op, bool bf16, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(skinny)(op, bf16, begin, end);
+void skinny_product(const SkinnyProduct& op, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(skinny)(op, begin, end);
 }
 
 void split_pairs(const float* a, int64_t m, int64_t k, int64_t a_stride, float* split) {

@@ -1,4 +1,4 @@
-// Products of a few rows with a weight matrix that lies (n, k): decoding. See skinny.cc.
+// Products of a few rows with a bf16 weight matrix that lies (n, k): decoding. See skinny.cc.
 #pragma once
 
 #include <cstdint>
@@ -7,17 +7,16 @@ namespace coil {
 
 // c[i,j] = alpha * sum_k a[i,k] b[j,k] + beta * c[i,j] + bias[j]
 struct SkinnyProduct {
-  const float* a;      // (m, k)
-  const float* split;  // bf16 b only: a as split_pairs() leaves it, (m, k)
-  const void* b;       // (n, k) f32 or bf16
-  const float* bias;   // (n) or null
-  float* c;            // (m, n)
-  int64_t m, k, a_stride, b_stride, c_stride;
+  const float* a;     // (m, k) contiguous, as split_pairs() leaves it
+  const uint16_t* b;  // (n, k) bf16
+  const float* bias;  // (n) or null
+  float* c;           // (m, n)
+  int64_t m, k, b_stride, c_stride;
   float alpha, beta;
 };
 
 // Columns begin … end of c.
-void skinny_product(const SkinnyProduct& op, bool bf16, int64_t begin, int64_t end);
+void skinny_product(const SkinnyProduct& op, int64_t begin, int64_t end);
 
 // (m, k) a → split: each run of two vectors becomes its even elements, then its odd ones, since
 // that is how pairs of bf16 unpack. The rest of a row, shorter than that, is left as it is.
