@@ -1,0 +1,125 @@
+// Scalar oracle of the ops that look along time, one step after another as their definitions read,
+// in double. Templated, so that std::complex<double> gives every derivative by complex step
+// (gradcheck.h).
+#pragma once
+
+#include <cmath>
+#include <complex>
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "kernels/tensor.h"
+
+namespace coil::reference {
+
+// Operands by their name in ops.h, row-major. An operand that is left out is absent or empty.
+template <class T>
+using Arrays = std::map<std::string, std::vector<T>>;
+
+inline double real_part(double x) { return x; }
+inline double real_part(std::complex<double> x) { return x.real(); }
+
+inline double log1p(double x) { return std::log1p(x); }
+inline std::complex<double> log1p(
+    std::complex<double> x) {  // Kahan's correction of what 1 + x loses
+  const std::complex<double> u = 1.0 + x;
+  if (u.real() == 1.0) return x;
+  return std::log(u) * (x / (u - 1.0));
+}
+
+template <class T>
+T softplus(T x) {
+  return real_part(x) > 0 ? x + log1p(std::exp(-x)) : log1p(std::exp(x));
+}
+
+template <class T>
+T silu(T x) {
+  return x / (1.0 + std::exp(-x));
+}
+
+inline int64_t row_of(const Piece& piece, int64_t step, bool reverse) {
+  return reverse ? piece.begin + piece.length - 1 - step : piece.begin + step;
+}
+
+struct ConvShape {
+  int64_t c = 1, w = 4;
+  bool silu = true, reverse = false;
+};
+
+// In: x weight [bias] [state]. Out: y, state.
+template <class T>
+Arrays<T> conv1d(const ConvShape& shape, std::span<const Piece> pieces, const Arrays<T>& in) {
+  const auto [c, w, with_silu, reverse] = shape;
+  const std::vector<T>&x = in.at("x"), &weight = in.at("weight");
+  Arrays<T> out;
+  std::vector<T>& y = out["y"];
+  std::vector<T>& state = out["state"];
+  y.resize(x.size());
+  if (in.count("state")) state = in.at("state");
+  for (const Piece& piece : pieces)
+    for (int64_t j = 0; j < c; ++j) {
+      std::vector<T> inputs;  // the w - 1 of the state, then the piece's
+      for (int64_t k = 0; k < w - 1; ++k)
+        inputs.push_back(piece.from < 0 ? T(0)
+                                        : in.at("state")[(piece.from * (w - 1) + k) * c + j]);
+      for (int64_t s = 0; s < piece.length; ++s)
+        inputs.push_back(x[row_of(piece, s, reverse) * c + j]);
+      for (int64_t s = 0; s < piece.length; ++s) {
+        T sum = in.count("bias") ? in.at("bias")[j] : T(0);
+        for (int64_t k = 0; k < w; ++k) sum += weight[j * w + k] * inputs[s + k];
+        y[row_of(piece, s, reverse) * c + j] = with_silu ? silu(sum) : sum;
+      }
+      for (int64_t k = 0; k < w - 1 && piece.to >= 0; ++k)
+        state[(piece.to * (w - 1) + k) * c + j] = inputs[piece.length + k];
+    }
+  return out;
+}
+
+struct ScanShape {
+  int64_t e = 1, n = 1;
+  bool reverse = false;
+};
+
+// In: x dt A_log B C D dt_bias [z] [state]. Out: y, state, sum_dt.
+template <class T>
+Arrays<T> selective_scan(const ScanShape& shape, std::span<const Piece> pieces,
+                         const Arrays<T>& in) {
+  const auto [e, n, reverse] = shape;
+  const std::vector<T>&x = in.at("x"), &dt = in.at("dt"), &A_log = in.at("A_log"), &B = in.at("B"),
+        &C = in.at("C"), &D = in.at("D"), &dt_bias = in.at("dt_bias");
+  Arrays<T> out;
+  std::vector<T>& y = out["y"];
+  std::vector<T>& state = out["state"];
+  std::vector<T>& sum_dt = out["sum_dt"];
+  y.resize(x.size());
+  if (in.count("state")) state = in.at("state");
+  for (const Piece& piece : pieces)
+    for (int64_t c = 0; c < e; ++c) {
+      std::vector<T> h(n), A(n);
+      for (int64_t i = 0; i < n; ++i) {
+        A[i] = -std::exp(A_log[c * n + i]);
+        if (piece.from >= 0) h[i] = in.at("state")[(piece.from * e + c) * n + i];
+      }
+      T sum = 0;
+      for (int64_t s = 0; s < piece.length; ++s) {
+        const int64_t row = row_of(piece, s, reverse);
+        const T delta = softplus(dt[row * e + c] + dt_bias[c]), input = delta * x[row * e + c];
+        T value = D[c] * x[row * e + c];
+        for (int64_t i = 0; i < n; ++i) {
+          h[i] = std::exp(delta * A[i]) * h[i] + input * B[row * n + i];
+          value += C[row * n + i] * h[i];
+        }
+        if (in.count("z")) value *= silu(in.at("z")[row * e + c]);
+        y[row * e + c] = value;
+        sum += delta;
+      }
+      sum_dt.push_back(sum);
+      for (int64_t i = 0; i < n && piece.to >= 0; ++i) state[(piece.to * e + c) * n + i] = h[i];
+    }
+  return out;
+}
+
+}  // namespace coil::reference
