@@ -69,9 +69,10 @@ HWY_EXPORT(scale_add);
 
 namespace {
 
-constexpr int64_t kSkinnyRows = 16;      // of a bf16 product, up to which skinny.cc is faster
-constexpr int64_t kParallel = 32 << 10;  // elements from which threads pay
-constexpr int64_t kWidened = 1 << 20;    // elements of weights widened at a time
+constexpr int64_t kSkinnyRows = 16;            // of a bf16 product, up to which skinny.cc is faster
+constexpr int64_t kParallel = 32 << 10;        // elements from which threads pay
+constexpr int64_t kParallelTerms = 128 << 10;  // multiplications from which they do
+constexpr int64_t kWidened = 1 << 20;          // elements of weights widened at a time
 
 // oneDNN takes the number of threads from OpenMP.
 class ThreadCount {
@@ -205,7 +206,8 @@ void CpuBackend::run(const Gemm& op) {
     beta = 1;
     if (k == 0) return;
   }
-  const ThreadCount threads(threads_);
+  const bool small = n * k < kParallel && m * n * k < kParallelTerms;
+  const ThreadCount threads(small ? 1 : threads_);
   const auto multiply = [&](const View& b, const View& c) {
     const auto status =
         dnnl_sgemm(op.ta ? 'T' : 'N', op.tb ? 'T' : 'N', m, c.cols(), k, op.alpha, op.a.as<float>(),

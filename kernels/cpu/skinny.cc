@@ -82,8 +82,6 @@ HWY_INLINE void all_rows(const SkinnyProduct& op, int64_t column) {
 
 void skinny(const SkinnyProduct& op, int64_t begin, int64_t end) {
   int64_t column = begin;
-  if (op.m == 1)
-    for (; column + 8 <= end; column += 8) tile<1, 8>(op, 0, column);
   for (; column + 4 <= end; column += 4) all_rows<4>(op, column);
   for (; column < end; ++column) all_rows<1>(op, column);
 }

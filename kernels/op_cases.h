@@ -1,0 +1,282 @@
+// The ops of a Mamba at given shapes, with values: what tests/test_op_cases.cc checks (same bits
+// twice, any number of threads, NaN passes through) and `coil bench ops` times. A second backend is
+// tested against the first with it.
+#pragma once
+
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/ops.h"
+
+namespace coil {
+
+struct OpShape {
+  int64_t d = 256, e = 512, n = 16, r = 16, w = 4, v = 16;
+  std::vector<Piece> pieces = {{.length = 2048}};
+};
+
+struct OpCase {
+  std::string name;
+  double flops = 0, bytes = 0;  // of arithmetic; read and written, each operand once
+  std::vector<View> inputs;     // f32
+  std::vector<View> outputs;    // f32 or f64; written, or added to
+  std::function<void(Backend&)> run;
+};
+
+class OpCases {
+ public:
+  OpCases(Backend& backend, const OpShape& shape);
+  std::vector<OpCase> cases;
+
+ private:
+  using Shape = std::initializer_list<int64_t>;
+  // Values from a fixed sequence, uniform within ±sqrt(3) * scale + offset.
+  View values(Shape shape, float scale = 1, float offset = 0) {
+    const View view = add(DType::f32, shape);
+    for (int64_t i = 0; i < view.count(); ++i) {
+      random_ = random_ * 6364136223846793005ULL + 1442695040888963407ULL;
+      const double uniform = static_cast<double>(random_ >> 11) / (uint64_t{1} << 53);
+      view.as<float>()[i] = static_cast<float>((uniform - 0.5) * std::sqrt(12.)) * scale + offset;
+    }
+    return view;
+  }
+  View ids(int64_t count, int64_t below) {
+    const View view = add(DType::i32, {count});
+    for (int64_t i = 0; i < count; ++i)
+      view.as<int32_t>()[i] = static_cast<int32_t>(i * 7 % 13 % below);
+    return view;
+  }
+  View add(DType dtype, Shape shape) {
+    tensors_.emplace_back(backend_, dtype, shape);
+    return tensors_.back();
+  }
+  // Bytes are those of inputs and outputs, and of `more`.
+  void add(const std::string& name, double flops, std::vector<View> inputs,
+           std::vector<View> outputs, std::function<void(Backend&)> run, double more = 0) {
+    OpCase result{name, flops, more, std::move(inputs), std::move(outputs), std::move(run)};
+    for (const auto* views : {&result.inputs, &result.outputs})
+      for (const View& view : *views)
+        result.bytes += static_cast<double>(view.count() * size_of(view.dtype));
+    cases.push_back(std::move(result));
+  }
+  void add_gemm(const std::string& name, int64_t m, int64_t n, int64_t k, bool ta, bool tb,
+                float beta);
+  void add_dense();
+  void add_products();
+  void add_decode();
+  void add_sequence();
+
+  Backend& backend_;
+  OpShape shape_;
+  Rows rows_;
+  int64_t t_;
+  uint64_t random_ = 1;
+  std::vector<Tensor> tensors_;
+};
+
+inline OpCases::OpCases(Backend& backend, const OpShape& shape)
+    : backend_(backend), shape_(shape), rows_(backend, shape.pieces), t_(rows_.total()) {
+  add_products();
+  add_decode();
+  add_dense();
+  add_sequence();
+}
+
+inline void OpCases::add_gemm(const std::string& name, int64_t m, int64_t n, int64_t k, bool ta,
+                              bool tb, float beta) {
+  const float scale = 1 / std::sqrt(static_cast<float>(k));
+  const View a = ta ? values({k, m}) : values({m, k}), c = values({m, n});
+  const View b = tb ? values({n, k}, scale) : values({k, n}, scale);
+  add("gemm " + name, 2. * m * n * k, {a, b}, {c},
+      [=](Backend& on) { on.run(Gemm{.a = a, .b = b, .c = c, .ta = ta, .tb = tb, .beta = beta}); });
+}
+
+inline void OpCases::add_products() {
+  const auto [d, e, n, r, w, v, pieces] = shape_;
+  const int64_t x = r + 2 * n;
+  struct Layer {
+    const char* name;
+    int64_t out, in;
+  };
+  for (const auto& [name, out, in] :
+       {Layer{"in_proj", 2 * e, d}, Layer{"x_proj", x, e}, Layer{"dt_proj", e, r},
+        Layer{"out_proj", d, e}, Layer{"head", v, d}}) {
+    add_gemm(name, t_, out, in, false, true, 0);
+    add_gemm(std::string(name) + " dx", t_, in, out, false, false, 0);
+    add_gemm(std::string(name) + " dweight", out, in, t_, true, false, 1);
+  }
+  const View a = values({t_, d}), b = values({2 * e, d}, 1 / std::sqrt(static_cast<float>(d)));
+  const View c = values({t_, 2 * e}), half = add(DType::bf16, {2 * e, d});
+  backend_.copy(b, half);
+  add(
+      "gemm in_proj bf16", 4. * t_ * e * d, {a}, {c},
+      [=](Backend& on) { on.run(Gemm{.a = a, .b = half, .c = c, .tb = true}); }, 4. * e * d);
+}
+
+// One row: several copies of the weights in turn, since a model's layers do not stay in the nearest
+// cache either.
+inline void OpCases::add_decode() {
+  constexpr int64_t kCopies = 12;
+  const int64_t out = 2 * shape_.e, in = shape_.d;
+  const View a = values({1, in}), c = values({1, out});
+  const View weights = values({kCopies, out, in}, 1 / std::sqrt(static_cast<float>(in)));
+  const View half = add(DType::bf16, {kCopies, out, in});
+  backend_.copy(weights, half);
+  for (const View& all : {weights, half}) {
+    const auto next = std::make_shared<int64_t>(0);
+    add(
+        all.dtype == DType::f32 ? "gemm in_proj one row" : "gemm in_proj one row bf16",
+        2. * out * in, {a}, {c},
+        [=](Backend& on) {
+          const View b = all.slice((*next)++ % kCopies, 1).reshape({out, in});
+          on.run(Gemm{.a = a, .b = b, .c = c, .tb = true});
+        },
+        static_cast<double>(out * in * size_of(all.dtype)));
+  }
+}
+
+inline void OpCases::add_dense() {
+  const auto [d, e, n, r, w, v, pieces] = shape_;
+  const int64_t t = t_, m = rows_.finished();
+  const View x = values({t, d}), residual = values({t, d}), y = values({t, d}),
+             sum = values({t, d});
+  const View weight = values({d}, 0.1f, 1), rstd = values({t}, 0.1f, 1), dweight = values({d});
+  add("copy", 0, {x}, {y}, [=](Backend& on) { on.copy(x, y); });
+  add("norm", 4. * t * d, {x, residual, weight}, {y, sum}, [=](Backend& on) {
+    on.run(Norm{.x = x, .residual = residual, .weight = weight, .y = y, .residual_out = sum});
+  });
+  add("norm backward", 9. * t * d, {x, weight, rstd, residual, sum}, {y, dweight},
+      [=](Backend& on) {
+        on.run(NormBackward{.x = x,
+                            .weight = weight,
+                            .rstd = rstd,
+                            .dy = residual,
+                            .dresidual = sum,
+                            .dx = y,
+                            .dweight = dweight});
+      });
+  add("sum_rows", t * d, {x}, {dweight},
+      [=](Backend& on) { on.run(SumRows{.x = x, .out = dweight}); });
+  const View codes = ids(t, v), table = values({v, d});
+  add("embed", 0, {table}, {y},
+      [=](Backend& on) { on.run(Embed{.ids = codes, .table = table, .y = y}); });
+  add("embed backward", t * d, {x}, {table},
+      [=](Backend& on) { on.run(EmbedBackward{.ids = codes, .dy = x, .dtable = table}); });
+  const View pooled = values({m, d});
+  const Rows* rows = &rows_;
+  View sums;
+  if (rows->slots() > 0) {
+    sums = add(DType::f64, {rows->slots(), d + 1});
+    backend_.fill(sums, 1);
+  }
+  std::vector<View> pool_out = {pooled};
+  if (sums) pool_out.push_back(sums);
+  add("pool mean", t * d, {x}, pool_out, [=](Backend& on) {
+    on.run(Pool{.x = x, .y = pooled, .state = sums, .rows = rows, .pooling = Pooling::mean});
+  });
+  const View logits = values({t, v}, 3), dlogits = values({t, v}), loss = values({t});
+  const View targets = ids(t, v);
+  add("cross_entropy", 5. * t * v, {logits}, {loss, dlogits}, [=](Backend& on) {
+    on.run(CrossEntropy{.logits = logits, .targets = targets, .loss = loss, .dlogits = dlogits});
+  });
+  const View p = values({2 * e, d}), g = values({2 * e, d}), first = values({2 * e, d});
+  const View second = values({2 * e, d}, 0.1f, 1), total = add(DType::f64, {1});
+  backend_.fill(total, 0);
+  add("sum_squares", 4. * e * d, {g}, {total},
+      [=](Backend& on) { on.run(SumSquares{.x = g, .out = total}); });
+  add("adamw", 30. * e * d, {g}, {p, first, second}, [=](Backend& on) {
+    on.run(AdamW{.w = p, .g = g, .m = first, .v = second, .lr = 1e-4f, .decay = 0.1f});
+  });
+}
+
+inline void OpCases::add_sequence() {
+  const auto [d, e, n, r, w, v, pieces] = shape_;
+  const int64_t t = t_, slots = rows_.slots();
+  const Rows* rows = &rows_;
+  const View xz = values({t, 2 * e}), x = xz.columns(0, e), z = xz.columns(e, e);
+  const View taps = values({e, w}, 0.5f), bias = values({e}), conv = values({t, e});
+  View tail, dtail;
+  if (slots > 0) tail = values({slots, w - 1, e}), dtail = values({slots, w - 1, e});
+  const auto with = [](std::vector<View> views, const View& optional) {
+    if (optional) views.push_back(optional);
+    return views;
+  };
+  add("conv1d", 2. * t * e * w, {taps, bias, x}, with({conv}, tail), [=](Backend& on) {
+    on.run(Conv1d{.x = x, .weight = taps, .y = conv, .bias = bias, .state = tail, .rows = rows});
+  });
+  const View dconv = values({t, e}), dxz = values({t, 2 * e});
+  const View dtaps = values({e, w}), dbias = values({e});
+  add("conv1d backward", 6. * t * e * w, {taps, bias, x, dconv},
+      with({dxz.columns(0, e), dtaps, dbias}, dtail), [=](Backend& on) {
+        on.run(Conv1dBackward{.x = x,
+                              .weight = taps,
+                              .dy = dconv,
+                              .bias = bias,
+                              .state = tail,
+                              .dx = dxz.columns(0, e),
+                              .dweight = dtaps,
+                              .dbias = dbias,
+                              .dstate = dtail,
+                              .rows = rows});
+      });
+
+  const View dbc = values({t, r + 2 * n}), B = dbc.columns(r, n), C = dbc.columns(r + n, n);
+  const View ddbc = values({t, r + 2 * n}), dB = ddbc.columns(r, n), dC = ddbc.columns(r + n, n);
+  const View u = values({t, e}), dt = values({t, e}), y = values({t, e}), dy = values({t, e});
+  const View A_log = values({e, n}), D = values({e}), dt_bias = values({e}, 0.5f, -4);
+  for (int64_t i = 0; i < e * n; ++i)
+    A_log.as<float>()[i] = static_cast<float>(std::log(1. + static_cast<double>(i % n)));
+  View h, dh;
+  if (slots > 0) h = values({slots, e, n}), dh = values({slots, e, n});
+  const View checkpoints = values({scan_checkpoints(rows_), e, n});
+  const SelectiveScan scan{.x = u,
+                           .dt = dt,
+                           .A_log = A_log,
+                           .B = B,
+                           .C = C,
+                           .D = D,
+                           .dt_bias = dt_bias,
+                           .y = y,
+                           .z = z,
+                           .state = h,
+                           .rows = rows};
+  SelectiveScan keeping = scan;
+  keeping.checkpoints = checkpoints;
+  // Of each channel, step and state: dt A, its power, (dt x) B, two for h, two for y.
+  const double steps = static_cast<double>(t) * static_cast<double>(e * n);
+  add("selective_scan", 7 * steps, {u, dt, A_log, B, C, D, dt_bias, z}, with({y}, h),
+      [=](Backend& on) { on.run(scan); });
+  add("selective_scan for training", 7 * steps, {u, dt, A_log, B, C, D, dt_bias, z},
+      with({y, checkpoints}, h), [=](Backend& on) { on.run(keeping); });
+  backend_.run(keeping);  // backward reads its checkpoints
+  const View du = values({t, e}), ddt = values({t, e});
+  const View dA_log = values({e, n}), dD = values({e}), ddt_bias = values({e});
+  const SelectiveScanBackward backward{.x = u,
+                                       .dt = dt,
+                                       .A_log = A_log,
+                                       .B = B,
+                                       .C = C,
+                                       .D = D,
+                                       .dt_bias = dt_bias,
+                                       .dy = dy,
+                                       .z = z,
+                                       .checkpoints = checkpoints,
+                                       .dx = du,
+                                       .ddt = ddt,
+                                       .dB = dB,
+                                       .dC = dC,
+                                       .dz = dxz.columns(e, e),
+                                       .dA_log = dA_log,
+                                       .dD = dD,
+                                       .ddt_bias = ddt_bias,
+                                       .dstate = dh,
+                                       .rows = rows};
+  add("selective_scan backward", 20 * steps, {u, dt, A_log, B, C, D, dt_bias, dy, z, checkpoints},
+      with({du, ddt, dB, dC, backward.dz, dA_log, dD, ddt_bias}, dh),
+      [=](Backend& on) { on.run(backward); });
+}
+
+}  // namespace coil
