@@ -24,6 +24,8 @@
 #define HWY_TARGET_INCLUDE "kernels/cpu/selective_scan.cc"
 #include <hwy/foreach_target.h>
 // after foreach_target.h
+#include <hwy/cache_control.h>
+
 #include "kernels/cpu/scan_blocks-inl.h"
 
 #ifndef COIL_SELECTIVE_SCAN_ONCE
@@ -86,16 +88,37 @@ HWY_INLINE void finish(const float* y, Track z, Track to, int64_t valid, int64_t
   }
 }
 
+// The rows of the next block of channels: asked for while this one is computed, since rows lie
+// further apart than the hardware looks ahead. 17 % of the time of a scan whose operands lie in L3.
+struct Ahead {
+  const float* first[4];
+  int64_t stride[4];
+  int64_t steps = 0;
+  Ahead() = default;
+  Ahead(int64_t step, int64_t steps, int64_t column, const Track (&tracks)[4]) : steps(steps) {
+    if (steps <= 0) return;
+    for (int k = 0; k < 4; ++k) {
+      first[k] = tracks[k].at(step) + column;
+      stride[k] = tracks[k].stride;
+    }
+  }
+  HWY_INLINE void fetch(int64_t step) const {
+    if (step >= steps) return;
+    for (int k = 0; k < 4; ++k) hwy::Prefetch(first[k] + step * stride[k]);
+  }
+};
+
 // kStates states of one block of channels, in registers over `steps` steps; y is added to. 11
 // vector operations a state and step with AVX-512.
 template <int kStates>
 HWY_INLINE void scan_states(const float* HWY_RESTRICT rates, float* HWY_RESTRICT state, Track B,
                             Track C, const float* HWY_RESTRICT delta, const float* HWY_RESTRICT u,
-                            float* HWY_RESTRICT y, int64_t steps) {
+                            float* HWY_RESTRICT y, int64_t steps, const Ahead& ahead) {
   V h[kStates];
 #pragma GCC unroll 16
   for (int i = 0; i < kStates; ++i) h[i] = hn::Load(d, state + i * kLanes);
   for (int64_t s = 0; s < steps; ++s) {
+    ahead.fetch(s);
     const V step = hn::Load(d, delta + s * kLanes), input = hn::Load(d, u + s * kLanes);
     const float *b = B.at(s), *c = C.at(s);
     V even = hn::Load(d, y + s * kLanes), odd = hn::Zero(d);
@@ -113,18 +136,17 @@ HWY_INLINE void scan_states(const float* HWY_RESTRICT rates, float* HWY_RESTRICT
 }
 
 void scan_all_states(int64_t n, const float* rates, float* state, Track B, Track C,
-                     const float* delta, const float* u, float* y, int64_t steps) {
+                     const float* delta, const float* u, float* y, int64_t steps,
+                     const Ahead& ahead) {
+  const auto scan = [&](auto count, int64_t i) HWY_ATTR {
+    scan_states<count.value>(rates + i * kLanes, state + i * kLanes, B.from(0, i), C.from(0, i),
+                             delta, u, y, steps, i == 0 ? ahead : Ahead());
+  };
   int64_t i = 0;
   if constexpr (kLanes == 16)  // 32 registers
-    for (; i + 16 <= n; i += 16)
-      scan_states<16>(rates + i * kLanes, state + i * kLanes, B.from(0, i), C.from(0, i), delta, u,
-                      y, steps);
-  for (; i + 8 <= n; i += 8)
-    scan_states<8>(rates + i * kLanes, state + i * kLanes, B.from(0, i), C.from(0, i), delta, u, y,
-                   steps);
-  for (; i < n; ++i)
-    scan_states<1>(rates + i * kLanes, state + i * kLanes, B.from(0, i), C.from(0, i), delta, u, y,
-                   steps);
+    for (; i + 16 <= n; i += 16) scan(std::integral_constant<int, 16>(), i);
+  for (; i + 8 <= n; i += 8) scan(std::integral_constant<int, 8>(), i);
+  for (; i < n; ++i) scan(std::integral_constant<int, 1>(), i);
 }
 
 // A piece of at most kShortPiece steps: per channel, states are the lanes.
@@ -201,11 +223,17 @@ void scan_cell(const SelectiveScan& op, const Cell& cell, const CellMemory& memo
         const V sum = prepare(op, x.from(first, channel), dt.from(first, channel), channel, valid,
                               steps, delta, u, y);
         hn::Store(hn::Add(sum, hn::Load(d, sums + b * kLanes)), d, sums + b * kLanes);
-        if (is_short)
+        if (is_short) {
           scan_short_piece(op, piece, channel, valid, delta, u, y);
-        else
+        } else {
+          const bool same_steps = b + 1 < blocks;
+          const int64_t next = same_steps ? first : first + kScanBlock;
+          const int64_t column = same_steps ? channel + kLanes : cell.first_channel;
+          const Ahead ahead(next, std::min(kScanBlock, piece.length - next), column,
+                            {x, dt, out, z.first ? z : x});
           scan_all_states(n, rates + b * n * kLanes, h, B.from(first, 0), C.from(first, 0), delta,
-                          u, y, steps);
+                          u, y, steps, ahead);
+        }
         finish(y, z.first ? z.from(first, channel) : z, out.from(first, channel), valid, steps);
       }
     }

@@ -37,10 +37,14 @@ struct CellMemory {
 
 constexpr int kStatesPerPass = 4;  // so that the scratch of a pass stays in L1
 
+int64_t padded_states(int64_t n) {
+  return (n + kStatesPerPass - 1) / kStatesPerPass * kStatesPerPass;
+}
+
 // Floats of scratch per cell of `blocks` blocks of channels.
 int64_t scratch_floats(int64_t blocks, int64_t n, int64_t lanes) {
-  return lanes *
-         (blocks * (3 * n + 2) + kScanBlock * (8 + 2 * n) + (2 * kScanBlock + 1) * kStatesPerPass);
+  return lanes * (blocks * (3 * n + 2) + kScanBlock * (8 + 2 * padded_states(n)) +
+                  2 * kScanBlock * kStatesPerPass);
 }
 
 }  // namespace
@@ -98,26 +102,27 @@ HWY_INLINE void scan_states_backward(const float* HWY_RESTRICT rates, float* HWY
                                      const float* HWY_RESTRICT checkpoint, int64_t valid, Track B,
                                      Track C, const StepScratch& at, int64_t steps, bool gated,
                                      float* HWY_RESTRICT decays, float* HWY_RESTRICT states,
-                                     float* HWY_RESTRICT dB, float* HWY_RESTRICT dC,
-                                     int64_t dBC_stride) {
+                                     float* HWY_RESTRICT dBC) {
   {
     V h[kStates], rate[kStates];
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) {
       h[i] = load_part(d, checkpoint + i * valid, valid);
       rate[i] = hn::Load(d, rates + i * kLanes);
-      hn::Store(h[i], d, states + i * kLanes);
     }
     for (int64_t s = 0; s < steps; ++s) {
       const V step = hn::Load(d, at.delta + s * kLanes), input = hn::Load(d, at.u + s * kLanes);
       const float *b = B.at(s), *c = C.at(s);
+      const V dy = hn::Load(d, at.dy + s * kLanes);
       V y = hn::Load(d, at.y + s * kLanes);
+      float* const dc = dBC + (s * 2 + 1) * kStatesPerPass * kLanes;
 #pragma GCC unroll 16
       for (int i = 0; i < kStates; ++i) {
+        hn::Store(h[i], d, states + (s * kStates + i) * kLanes);
         const V decay = exp2(d, hn::Mul(step, rate[i]));
         h[i] = hn::MulAdd(decay, h[i], hn::Mul(input, hn::Set(d, b[i])));
         hn::Store(decay, d, decays + (s * kStates + i) * kLanes);
-        hn::Store(h[i], d, states + ((s + 1) * kStates + i) * kLanes);
+        hn::Store(hn::MulAdd(dy, h[i], hn::Load(d, dc + i * kLanes)), d, dc + i * kLanes);
         if (gated) y = hn::MulAdd(h[i], hn::Set(d, c[i]), y);
       }
       if (gated) hn::Store(y, d, at.y + s * kLanes);
@@ -135,14 +140,11 @@ HWY_INLINE void scan_states_backward(const float* HWY_RESTRICT rates, float* HWY
     const V dy = hn::Load(d, at.dy + s * kLanes);
     V ddelta = hn::Load(d, at.ddelta + s * kLanes), du = hn::Load(d, at.du + s * kLanes);
     const float *b = B.at(s), *c = C.at(s);
-    float* const db = dB + s * dBC_stride;
-    float* const dc = dC + s * dBC_stride;
+    float* const db = dBC + s * 2 * kStatesPerPass * kLanes;
 #pragma GCC unroll 16
     for (int i = 0; i < kStates; ++i) {
-      const V after = hn::Load(d, states + ((s + 1) * kStates + i) * kLanes);
       const V before = hn::Load(d, states + (s * kStates + i) * kLanes);
       dh[i] = hn::MulAdd(dy, hn::Set(d, c[i]), dh[i]);
-      hn::Store(hn::MulAdd(dy, after, hn::Load(d, dc + i * kLanes)), d, dc + i * kLanes);
       hn::Store(hn::MulAdd(dh[i], input, hn::Load(d, db + i * kLanes)), d, db + i * kLanes);
       du = hn::MulAdd(dh[i], hn::Set(d, b[i]), du);
       dh[i] = hn::Mul(dh[i], hn::Load(d, decays + (s * kStates + i) * kLanes));
@@ -183,25 +185,30 @@ HWY_INLINE void finish_backward(const SelectiveScanBackward& op, Track x, Track 
   hn::Store(hn::Add(hn::Load(d, dbias), sum_bias), d, dbias);
 }
 
-// to[i] = sum over lanes of from[i, lane], kLanes sums at a time: halves of pairs are added until
-// one vector is left.
-HWY_INLINE void sum_lanes(const float* from, int64_t n, float* to) {
+// to[i] and to[n + i]: sums over lanes of one step's dB and dC, kLanes sums at a time: halves of
+// pairs are added until one vector is left. dBC (passes, kScanBlock, dB | dC, kStatesPerPass,
+// lanes), at its step.
+HWY_INLINE void sum_lanes(const float* dBC, int64_t n, float* to) {
+  const auto place = [=](int64_t k) {
+    const int64_t i = k % n, pass = i / kStatesPerPass;
+    return dBC + ((pass * kScanBlock * 2 + k / n) * kStatesPerPass + i % kStatesPerPass) * kLanes;
+  };
 #if HWY_TARGET == HWY_SCALAR
-  for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+  for (int64_t k = 0; k < 2 * n; ++k) to[k] = *place(k);
 #else
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t states = std::min(kLanes, n - i);
+  for (int64_t first = 0; first < 2 * n; first += kLanes) {
+    const int64_t count = std::min(kLanes, 2 * n - first);
     V part[kLanes];
 #pragma GCC unroll 16
     for (int64_t k = 0; k < kLanes; ++k)
-      part[k] = k < states ? hn::Load(d, from + (i + k) * kLanes) : hn::Zero(d);
+      part[k] = k < count ? hn::Load(d, place(first + k)) : hn::Zero(d);
 #pragma GCC unroll 4
     for (int64_t width = kLanes / 2; width >= 1; width /= 2)
 #pragma GCC unroll 8
       for (int64_t k = 0; k < width; ++k)
         part[k] = hn::Add(hn::ConcatEven(d, part[2 * k + 1], part[2 * k]),
                           hn::ConcatOdd(d, part[2 * k + 1], part[2 * k]));
-    store_part(d, part[0], to + i, states);
+    store_part(d, part[0], to + first, count);
   }
 #endif
 }
@@ -209,7 +216,7 @@ HWY_INLINE void sum_lanes(const float* from, int64_t n, float* to) {
 void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
                         const CellMemory& memory) {
   const FlushDenormals flush;
-  const int64_t n = op.A_log.cols();
+  const int64_t n = op.A_log.cols(), padded = padded_states(n);
   const int64_t blocks = (cell.end_channel - cell.first_channel + kLanes - 1) / kLanes;
   float* next = memory.scratch;
   const auto take = [&](int64_t count) {
@@ -225,9 +232,10 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
   StepScratch at;
   for (float** part : {&at.delta, &at.u, &at.slope, &at.dy, &at.dgate, &at.y, &at.ddelta, &at.du})
     *part = take(kScanBlock);
-  float* const decays = take(kScanBlock * kStatesPerPass);        // (steps, states, lanes)
-  float* const states = take((kScanBlock + 1) * kStatesPerPass);  // (steps + 1, states, lanes)
-  float* const dBC = take(kScanBlock * 2 * n);                    // (steps, dB | dC, n, lanes)
+  float* const decays = take(kScanBlock * kStatesPerPass);  // (steps, states, lanes)
+  float* const states =
+      take(kScanBlock * kStatesPerPass);             // (steps, states, lanes), each before its step
+  float* const dBC = take(kScanBlock * 2 * padded);  // (passes, steps, dB | dC, states, lanes)
 
   std::fill_n(drates, blocks * (n + 2) * kLanes, 0.f);
   for (int64_t b = 0; b < blocks; ++b) {
@@ -255,7 +263,7 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
 
     for (int64_t k = (piece.length - 1) / kScanBlock; k >= 0; --k) {
       const int64_t first = k * kScanBlock, steps = std::min(kScanBlock, piece.length - first);
-      std::fill_n(dBC, steps * 2 * n * kLanes, 0.f);
+      std::fill_n(dBC, kScanBlock * 2 * padded * kLanes, 0.f);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t channel = cell.first_channel + b * kLanes;
         const int64_t valid = std::min(kLanes, cell.end_channel - channel);
@@ -270,7 +278,8 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
           scan_states_backward<count.value>(
               rates + place, carry + place, drates + place, checkpoint + i * valid, valid,
               B.from(first, i), C.from(first, i), at, steps, bool(z.first), decays, states,
-              dBC + i * kLanes, dBC + (n + i) * kLanes, 2 * n * kLanes);
+              dBC + (i / kStatesPerPass * kScanBlock * 2 * kStatesPerPass + i % kStatesPerPass) *
+                        kLanes);
         };
         int64_t i = 0;
         for (; i + kStatesPerPass <= n; i += kStatesPerPass)
@@ -283,7 +292,7 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
       const int64_t last_row = piece.begin + piece.length - 1;
       for (int64_t s = 0; s < steps; ++s) {
         const int64_t row = op.reverse ? last_row - first - s : piece.begin + first + s;
-        sum_lanes(dBC + s * 2 * n * kLanes, 2 * n, memory.dBC + row * 2 * n);
+        sum_lanes(dBC + s * 2 * kStatesPerPass * kLanes, n, memory.dBC + row * 2 * n);
       }
     }
 

@@ -120,10 +120,22 @@ HWY_INLINE V exp(D d, V x) {
   return scale_by_power(d, exp2_fraction(d, f), n);
 }
 
+// 1 / x for x of 1 to 2^126. AVX-512's estimate of 14 bits and a Newton step take 4 operations, a
+// division 9 cycles.
+template <class D, class V>
+HWY_INLINE V reciprocal(D d, V x) {
+#if HWY_TARGET == HWY_AVX3
+  const V estimate = hn::ApproximateReciprocal(x);
+  return hn::MulAdd(estimate, hn::NegMulAdd(x, estimate, hn::Set(d, 1.0f)), estimate);
+#else
+  return hn::Div(hn::Set(d, 1.0f), x);
+#endif
+}
+
 template <class D, class V>
 HWY_INLINE V sigmoid(D d, V x) {
-  const V one = hn::Set(d, 1.0f);
-  return hn::Div(one, hn::Add(one, exp2(d, hn::Mul(at_least(d, -87.0f, x), hn::Set(d, -kLog2e)))));
+  const V power = exp2(d, hn::Mul(at_least(d, -87.0f, x), hn::Set(d, -kLog2e)));
+  return reciprocal(d, hn::Add(hn::Set(d, 1.0f), power));
 }
 
 // log1p(u) for u in [0, 1]: u times a minimax polynomial for log1p(u) / u of relative error 4.7e-9,
@@ -152,7 +164,7 @@ HWY_INLINE V softplus(D d, V x) {
 template <class D, class V>
 HWY_INLINE V softplus(D d, V x, V& slope) {
   const V u = exp(d, hn::Neg(hn::Abs(x))), one = hn::Set(d, 1.0f);
-  slope = hn::Div(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), u, one), hn::Add(one, u));
+  slope = hn::Mul(hn::IfThenElse(hn::Lt(x, hn::Zero(d)), u, one), reciprocal(d, hn::Add(one, u)));
   return log1p_plus(d, u, at_least(d, 0.0f, x));
 }
 
