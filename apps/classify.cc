@@ -172,7 +172,7 @@ int run_classify(int argc, char** argv) {
              describe(options), {"model", "input"}, true, values)) {
     return 0;
   }
-  if (options.model.empty()) throw UsageError("no model given");
+  if (options.model.empty()) throw UsageError("no MODEL given");
   check_combination(options);
   ClassifyOptions how{.per = options.per_file       ? AnswerPer::file
                              : options.input.paired ? AnswerPer::pair

@@ -217,8 +217,8 @@ Output::~Output() {
 }
 
 void Output::write(std::string_view text) {
-  check(std::fwrite(text.data(), 1, text.size(), file_) == text.size(), "cannot write '{}': {}",
-        path_, std::strerror(errno));
+  if (std::fwrite(text.data(), 1, text.size(), file_) != text.size())
+    fail("cannot write {}: {}", path_, std::strerror(errno));
 }
 
 void Output::close() {

@@ -59,7 +59,9 @@ po::options_description describe(InputOptions& options) {
        "only chr1:1,000-2,000 of one indexed FASTA (1-based, both ends in); may be repeated")  //
       ("bed", po::value(&options.bed)->value_name("FILE"), "only the regions of a BED file")   //
       ("reference", po::value(&options.reference)->value_name("FASTA"),
-       "reference of CRAM input, with .fai")                                               //
+       "reference of CRAM input, with .fai")  //
+      ("alignments", po::bool_switch(&options.alignments),
+       "standard input is SAM, BAM or CRAM, not FASTA or FASTQ")                           //
       ("secondary", po::bool_switch(&options.secondary), "read secondary alignments too")  //
       ("supplementary", po::bool_switch(&options.supplementary),
        "read supplementary alignments too");
@@ -68,7 +70,7 @@ po::options_description describe(InputOptions& options) {
 
 std::unique_ptr<Source> open_inputs(const InputOptions& options) {
   const std::vector<std::string>& inputs = options.inputs;
-  if (inputs.empty()) throw UsageError("no input given");
+  if (inputs.empty()) throw UsageError("no INPUT given");
   if (options.paired) {
     if (inputs.size() > 2) {
       throw UsageError(fmt::format(
@@ -91,7 +93,7 @@ std::unique_ptr<Source> open_inputs(const InputOptions& options) {
   }
   std::vector<bool> alignments;
   for (const std::string& input : inputs) {
-    alignments.push_back(input != "-" && is_alignment(sniff(input)));
+    alignments.push_back(input == "-" ? options.alignments : is_alignment(sniff(input)));
   }
   const auto open = [inputs, alignments, alignment = options.alignment()](size_t i) {
     return alignments[i] ? open_alignments(inputs[i], alignment) : open_fasta({inputs[i]});

@@ -17,6 +17,7 @@ struct InputOptions {
   std::string reference;             // for CRAM
   std::vector<std::string> regions;  // of one indexed FASTA
   std::string bed;
+  bool alignments = false;  // standard input is SAM, BAM or CRAM
   bool secondary = false, supplementary = false;
   bool paired = false;  // classify only
   AlignmentOptions alignment() const;

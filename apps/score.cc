@@ -47,9 +47,15 @@ std::string json_line(const Score& score) {
   nlohmann::ordered_json line{{"name", score.name},
                               {"start", score.begin},
                               {"end", score.end},
-                              {"bases", score.counted},
+                              {"bases", nullptr},
                               {"log_likelihood", score.log_likelihood},
                               {"bits_per_base", score.bits_per_base()}};
+  // A whole number is written as one; both strands may count half a base.
+  if (score.counted == std::floor(score.counted)) {
+    line["bases"] = static_cast<int64_t>(score.counted);
+  } else {
+    line["bases"] = score.counted;
+  }
   return line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + '\n';
 }
 
@@ -65,7 +71,7 @@ int run_score(int argc, char** argv) {
           describe(options), {"model", "input"}, true, values)) {
     return 0;
   }
-  if (options.model.empty()) throw UsageError("no model given");
+  if (options.model.empty()) throw UsageError("no MODEL given");
   const Strands strands = parse_strands(options.engine.strands);
   if (options.per_base && (strands != Strands::forward || options.json)) {
     throw UsageError(

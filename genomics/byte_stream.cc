@@ -1,7 +1,9 @@
 #include "genomics/byte_stream.h"
 
 #include <htslib/bgzf.h>
+#include <htslib/hfile.h>
 #include <htslib/hts_log.h>
+#include <sys/stat.h>
 
 #include <cerrno>
 #include <cstring>
@@ -16,6 +18,7 @@ void silence_htslib() { hts_set_log_level(HTS_LOG_OFF); }
 struct ByteStream::Impl {
   static constexpr size_t kBlock = 1 << 18;
   BGZF* file = nullptr;
+  int64_t bytes = 0;  // of the file; 0: a pipe
   std::vector<char> buffer = std::vector<char>(kBlock);
   ~Impl() {
     if (file) bgzf_close(file);
@@ -28,9 +31,17 @@ ByteStream::ByteStream(const std::string& path)
   errno = 0;
   impl_->file = bgzf_open(path.c_str(), "r");
   check(impl_->file, "{}: cannot open: {}", name_, errno ? std::strerror(errno) : "not readable");
+  struct stat status {};
+  if (path != "-" && stat(path.c_str(), &status) == 0 && S_ISREG(status.st_mode))
+    impl_->bytes = status.st_size;
 }
 
 ByteStream::~ByteStream() = default;
+
+double ByteStream::fraction() const {
+  if (impl_->bytes == 0) return -1;
+  return static_cast<double>(htell(impl_->file->fp)) / static_cast<double>(impl_->bytes);
+}
 
 std::string_view ByteStream::block() {
   errno = 0;

@@ -15,6 +15,7 @@ class ByteStream {
   ~ByteStream();
   std::string_view block();      // the next bytes, valid until the next call; empty at the end
   bool line(std::string& text);  // the next line without its end (LF or CRLF); false at the end
+  double fraction() const;       // of the file's bytes read so far; negative where it has no size
   const std::string& name() const { return name_; }  // for messages: the path or "standard input"
 
  private:

@@ -98,6 +98,12 @@ class FastaReader final : public Source {
     }
   }
 
+  double fraction() const override {  // files count alike
+    const double inside = stream_ ? stream_->fraction() : 0;
+    const int64_t before = stream_ ? file_ : next_file_;
+    return inside < 0 ? -1 : (static_cast<double>(before) + inside) / paths_.size();
+  }
+
  private:
   enum class State : uint8_t { between, name, description, sequence, plus, quality };
 
@@ -321,6 +327,8 @@ class PairReader final : public Source {
     return true;
   }
 
+  double fraction() const override { return sources_[0]->fraction(); }
+
  private:
   const std::string paths_[2];
   std::unique_ptr<Source> sources_[2];
@@ -359,8 +367,8 @@ FileKind sniff(const std::string& path) {
   return sam ? FileKind::sam : FileKind::unknown;
 }
 
-std::unique_ptr<Source> open_fasta(std::vector<std::string> paths) {
-  return read_ahead(std::make_unique<FastaReader>(std::move(paths), true));
+std::unique_ptr<Source> open_fasta(std::vector<std::string> paths, bool unique_names) {
+  return read_ahead(std::make_unique<FastaReader>(std::move(paths), unique_names));
 }
 
 std::unique_ptr<Source> open_pairs(const std::string& first, const std::string& second) {

@@ -124,6 +124,10 @@ class RegionReader final : public Source {
     return true;
   }
 
+  double fraction() const override {
+    return static_cast<double>(record_) / static_cast<double>(intervals_.size());
+  }
+
  private:
   void fetch(const Interval& region, int64_t begin, int64_t count,
              std::vector<uint8_t>& codes) const {
@@ -185,7 +189,7 @@ std::vector<Interval> read_bed(const std::string& path) {
       continue;
     check(fields.size() >= 3, "{}: line {} has {} columns; name, begin and end were expected",
           stream.name(), number, fields.size());
-    Interval interval{.name = std::string(fields[0]), .text = {}};
+    Interval interval{.name = std::string(fields[0])};
     const bool ok = parse_number(fields[1], false, interval.begin) &&
                     parse_number(fields[2], false, interval.end);
     check(ok, "{}: line {}: '{}' and '{}' are no positions", stream.name(), number, fields[1],

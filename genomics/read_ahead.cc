@@ -19,6 +19,7 @@ struct Batch {
   std::vector<Segment>
       segments;  // [0, used) are filled; the rest keep their buffers for the next turn
   size_t used = 0;
+  double fraction = 0;  // of the input read when it was filled
 };
 
 class ReadAhead final : public Source {
@@ -40,6 +41,8 @@ class ReadAhead final : public Source {
     std::swap(segment, batch_.segments[taken_++]);
     return true;
   }
+
+  double fraction() const override { return batch_.fraction; }
 
  private:
   bool take_batch() {
@@ -96,10 +99,14 @@ class ReadAhead final : public Source {
       Segment& segment = batch.segments[batch.used];
       // Among short reads a slot that once held a long run gives its memory back.
       if (batch.used >= kLong && segment.codes.capacity() > kShort) segment.codes = {};
-      if (!source_->next(segment)) return false;
+      if (!source_->next(segment)) {
+        batch.fraction = source_->fraction();
+        return false;
+      }
       codes += static_cast<int64_t>(segment.codes.size());
       ++batch.used;
     }
+    batch.fraction = source_->fraction();
     return true;
   }
 
