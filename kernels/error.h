@@ -1,6 +1,8 @@
 // Errors of two families.
-//   coil::Error   what a user, a file or a device got wrong: thrown, caught once in apps/main.cc, printed as
-//                 one line "coil train: <message>" and, where there is one, "hint: <hint>"; exit status 1.
+//   coil::Error   what a user, a file or a device got wrong: thrown, caught once in apps/main.cc,
+//   printed as
+//                 one line "coil train: <message>" and, where there is one, "hint: <hint>"; exit
+//                 status 1.
 //   COIL_ASSERT   our own bug: prints expression, file and line, aborts. Never on a caller's input.
 // A message names the thing, what was expected and what was found.
 #pragma once
@@ -44,10 +46,10 @@ void check(bool ok, fmt::format_string<Parts...> format, Parts&&... parts) {
 
 }  // namespace coil
 
-#define COIL_ASSERT(condition)                                                                  \
-  do {                                                                                          \
-    if (!(condition)) [[unlikely]] {                                                            \
-      std::fprintf(stderr, "coil: bug: %s at %s:%d\n", #condition, __FILE__, __LINE__);         \
-      std::abort();                                                                             \
-    }                                                                                           \
+#define COIL_ASSERT(condition)                                                          \
+  do {                                                                                  \
+    if (!(condition)) [[unlikely]] {                                                    \
+      std::fprintf(stderr, "coil: bug: %s at %s:%d\n", #condition, __FILE__, __LINE__); \
+      std::abort();                                                                     \
+    }                                                                                   \
   } while (0)

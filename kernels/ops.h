@@ -1,16 +1,21 @@
 // THE CONTRACT between models and devices: one plain struct per operation, one abstract Backend.
 //
-//   t rows of the ragged batch   s state slots   d model   e inner   n state   w taps   v vocabulary   m outputs
+//   t rows of the ragged batch   s state slots   d model   e inner   n state   w taps   v
+//   vocabulary   m outputs
 //
 // Rules
-//   * State in, state out, in the same op. A piece reads slot `from` and writes slot `to` of `state`; -1 is zero
+//   * State in, state out, in the same op. A piece reads slot `from` and writes slot `to` of
+//   `state`; -1 is zero
 //     in and discard out. State is f32. Decoding is pieces of one step: there is no second entry.
-//   * One stream, no synchronisation inside an op. The op picks its algorithm; the caller never knows.
+//   * One stream, no synchronisation inside an op. The op picks its algorithm; the caller never
+//   knows.
 //   * Parameter gradients are added to (+=); activation gradients are written (=).
 //   * Every entry checks shapes and dtypes and names op and operand (coil::Error). 64-bit indexing.
-//   * NaN in gives NaN out and never hangs. Same input, device and thread count: same bits. No float atomics.
+//   * NaN in gives NaN out and never hangs. Same input, device and thread count: same bits. No
+//   float atomics.
 //   * A View that may be left out is marked optional; all others are required.
-//   * CPU: activations, gradients and state are f32; matrices (`gemm` b, `embed` table) are f32 or bf16.
+//   * CPU: activations, gradients and state are f32; matrices (`gemm` b, `embed` table) are f32 or
+//   bf16.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +47,8 @@ struct EmbedBackward {  // dtable(v,d) f32 += scatter of dy(t,d)
   View ids, dy, dtable;
 };
 
-// residual_out = x + residual;  y = residual_out * rstd * weight,  rstd = 1 / sqrt(mean(residual_out^2) + eps).
-// RMS norm over each row (Zhang and Sennrich 2019).
+// residual_out = x + residual;  y = residual_out * rstd * weight,  rstd = 1 /
+// sqrt(mean(residual_out^2) + eps). RMS norm over each row (Zhang and Sennrich 2019).
 struct Norm {
   View x;             // (t,d) f32
   View residual;      // optional (t,d) f32
@@ -54,10 +59,10 @@ struct Norm {
   float eps = 1e-5f;
 };
 struct NormBackward {
-  View x;          // (t,d): the normalised sum, i.e. residual_out (or x where there was no residual)
-  View weight;     // optional (d)
-  View rstd;       // (t)
-  View dy;         // (t,d)
+  View x;       // (t,d): the normalised sum, i.e. residual_out (or x where there was no residual)
+  View weight;  // optional (d)
+  View rstd;    // (t)
+  View dy;      // (t,d)
   View dresidual;  // optional (t,d): gradient arriving at residual_out from further up, added to dx
   View dx;         // (t,d): gradient of x and of residual alike; may be dy or dresidual
   View dweight;    // optional (d) +=
@@ -65,8 +70,9 @@ struct NormBackward {
 };
 
 // Causal depthwise convolution along each piece, then SiLU if asked:
-//   y[t,c] = act(bias[c] + sum_k weight[c,k] x[t-w+1+k, c]).  With `reverse` each piece is read from its end:
-//   y[t,c] = act(bias[c] + sum_k weight[c,k] x[t+w-1-k, c]); then pieces are whole sequences (from = to = -1).
+//   y[t,c] = act(bias[c] + sum_k weight[c,k] x[t-w+1+k, c]).  With `reverse` each piece is read
+//   from its end: y[t,c] = act(bias[c] + sum_k weight[c,k] x[t+w-1-k, c]); then pieces are whole
+//   sequences (from = to = -1).
 // state (s,w-1,c) f32 holds the last w-1 inputs of the sequence, oldest first.
 struct Conv1d {
   View x, weight, y;  // (t,c) (c,w) (t,c); y must not be x
@@ -82,53 +88,56 @@ struct Conv1dBackward {
   View dx;             // (t,c); must not be dy
   View dweight;        // (c,w) +=
   View dbias;          // optional (c) +=
-  View dstate;         // optional (s,w-1,c): in, slot `to`: gradient of the final state; out, slot `from`: of the
-                       // initial one (from = to is fine: read before written)
+  View dstate;  // optional (s,w-1,c): in, slot `to`: gradient of the final state; out, slot `from`:
+                // of the initial one (from = to is fine: read before written)
   const Rows* rows = nullptr;
   bool silu = true, reverse = false;
 };
 
-// Mamba's selective scan (Gu and Dao 2023, section 3). Per channel c of e, with delta = softplus(dt + dt_bias):
+// Mamba's selective scan (Gu and Dao 2023, section 3). Per channel c of e, with delta = softplus(dt
+// + dt_bias):
 //   h[i] = exp(delta * A[c,i]) * h[i] + delta * x * B[i],   A = -exp(A_log)
 //   y    = sum_i C[i] * h[i] + D[c] * x,    then y *= silu(z) where z is given
-// checkpoints, for backward: h before steps 0, kScanBlock, 2*kScanBlock, … of each piece, in order of pieces;
-// (scan_checkpoints(rows), e, n) f32, layout private to the backend.
+// checkpoints, for backward: h before steps 0, kScanBlock, 2*kScanBlock, … of each piece, in order
+// of pieces; (scan_checkpoints(rows), e, n) f32, layout private to the backend.
 constexpr int64_t kScanBlock = 32;
 int64_t scan_checkpoints(const Rows& rows);  // sum over pieces of ceil(length / kScanBlock)
 
 struct SelectiveScan {
-  View x, dt;             // (t,e)
-  View A_log;             // (e,n)
-  View B, C;              // (t,n)
-  View D, dt_bias;        // (e)
-  View y;                 // (t,e); may be dt or z, not x
-  View z;                 // optional (t,e)
-  View state;             // (s,e,n); optional where every piece has from = to = -1
-  View checkpoints;       // optional
-  View sum_dt;            // optional (pieces, e): sum of delta over the piece, so that pieces computed apart join
+  View x, dt;        // (t,e)
+  View A_log;        // (e,n)
+  View B, C;         // (t,n)
+  View D, dt_bias;   // (e)
+  View y;            // (t,e); may be dt or z, not x
+  View z;            // optional (t,e)
+  View state;        // (s,e,n); optional where every piece has from = to = -1
+  View checkpoints;  // optional
+  View sum_dt;  // optional (pieces, e): sum of delta over the piece, so that pieces computed apart
+                // join
   const Rows* rows = nullptr;
-  bool reverse = false;   // each piece is read from its end; then pieces are whole sequences
+  bool reverse = false;  // each piece is read from its end; then pieces are whole sequences
 };
 struct SelectiveScanBackward {
   View x, dt, A_log, B, C, D, dt_bias, dy;  // dy (t,e)
   View z;                                   // optional
   View checkpoints;                         // required: from forward
-  View dx, ddt;                             // (t,e); ddt is the gradient of dt before bias and softplus
-  View dB, dC;                              // (t,n)
-  View dz;                                  // (t,e); required with z
-  View dA_log;                              // (e,n) +=
-  View dD, ddt_bias;                        // (e) +=
-  View dstate;                              // optional (s,e,n): as in Conv1dBackward
+  View dx, ddt;       // (t,e); ddt is the gradient of dt before bias and softplus
+  View dB, dC;        // (t,n)
+  View dz;            // (t,e); required with z
+  View dA_log;        // (e,n) +=
+  View dD, ddt_bias;  // (e) +=
+  View dstate;        // optional (s,e,n): as in Conv1dBackward
   const Rows* rows = nullptr;
   bool reverse = false;
 };
 
-// One output row for each piece with `last`, in order of pieces. `last`: the sequence's last row; `mean`: the mean
-// over all its rows. state (s,d+1) f64 carries the running sum and the count of a sequence in pieces.
+// One output row for each piece with `last`, in order of pieces. `last`: the sequence's last row;
+// `mean`: the mean over all its rows. state (s,d+1) f64 carries the running sum and the count of a
+// sequence in pieces.
 enum class Pooling : uint8_t { last, mean };
 struct Pool {
-  View x, y;  // (t,d) (m,d), m = rows->finished()
-  View state; // optional where every piece has from = to = -1; unused by `last`
+  View x, y;   // (t,d) (m,d), m = rows->finished()
+  View state;  // optional where every piece has from = to = -1; unused by `last`
   const Rows* rows = nullptr;
   Pooling pooling = Pooling::mean;
 };
@@ -138,8 +147,9 @@ struct PoolBackward {  // of whole sequences (position 0, last): dx (t,d) from d
   Pooling pooling = Pooling::mean;
 };
 
-// loss[i] = -weight * log softmax(logits[i])[targets[i]] in nats. targets (m) i32; -1: not counted, loss 0.
-// With `dlogits`, also dlogits = scale * weight * (softmax - onehot), 0 for rows not counted; may be logits.
+// loss[i] = -weight * log softmax(logits[i])[targets[i]] in nats. targets (m) i32; -1: not counted,
+// loss 0. With `dlogits`, also dlogits = scale * weight * (softmax - onehot), 0 for rows not
+// counted; may be logits.
 struct CrossEntropy {
   View logits;         // (m,v) f32
   View targets;        // (m) i32
@@ -154,8 +164,10 @@ struct SumSquares {
   View x, out;
 };
 
-// AdamW (Loshchilov and Hutter 2019), torch's arithmetic, step counted from 1. All contiguous f32, one shape.
-//   g *= grad_scale; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr*(decay*w + m^ / (sqrt(v^) + eps))
+// AdamW (Loshchilov and Hutter 2019), torch's arithmetic, step counted from 1. All contiguous f32,
+// one shape.
+//   g *= grad_scale; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr*(decay*w + m^ / (sqrt(v^)
+//   + eps))
 struct AdamW {
   View w, g, m, v;
   float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, decay = 0, grad_scale = 1;

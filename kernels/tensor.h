@@ -1,8 +1,9 @@
 // View: borrowed memory with a shape. Tensor: memory owned through a Backend. Rows: a ragged batch.
 //
-// A batch is ragged and nothing is ever padded: activations are (t, channels), the pieces of several
-// sequences one after another. Channels are last, the last stride is 1, other strides are free, so that a
-// column range (z | x of one product) or a range of rows (a chunk of time) is a View and nothing is copied.
+// A batch is ragged and nothing is ever padded: activations are (t, channels), the pieces of
+// several sequences one after another. Channels are last, the last stride is 1, other strides are
+// free, so that a column range (z | x of one product) or a range of rows (a chunk of time) is a
+// View and nothing is copied.
 #pragma once
 
 #include <cstddef>
@@ -17,8 +18,8 @@ namespace coil {
 class Backend;
 
 enum class DType : uint8_t { f32, bf16, f64, i32, u8 };
-int64_t size_of(DType dtype);        // bytes per element
-const char* name_of(DType dtype);    // "f32", …
+int64_t size_of(DType dtype);      // bytes per element
+const char* name_of(DType dtype);  // "f32", …
 
 struct Device {
   enum class Kind : uint8_t { cpu, cuda } kind = Kind::cpu;
@@ -40,12 +41,12 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
   int64_t rows() const { return size[0]; }
   int64_t cols() const { return size[rank - 1]; }
-  int64_t count() const;                                // number of elements
+  int64_t count() const;  // number of elements
   bool contiguous() const;
-  View slice(int64_t begin, int64_t length) const;      // along the first dimension
-  View columns(int64_t begin, int64_t length) const;    // along the last dimension
+  View slice(int64_t begin, int64_t length) const;           // along the first dimension
+  View columns(int64_t begin, int64_t length) const;         // along the last dimension
   View reshape(std::initializer_list<int64_t> shape) const;  // contiguous views only
-  std::string shape() const;                            // "(12, 512) f32", for messages
+  std::string shape() const;                                 // "(12, 512) f32", for messages
 
   template <class T>
   T* as() const {
@@ -60,8 +61,8 @@ struct View {
 // A host array as a View, rank 1 or as shaped; for targets, token ids and tests. Not owned.
 View host_view(void* data, DType dtype, std::initializer_list<int64_t> shape);
 
-// Owned, move-only, contiguous, 64-byte aligned, memory from and back to its Backend. The contents of a new
-// Tensor are not set.
+// Owned, move-only, contiguous, 64-byte aligned, memory from and back to its Backend. The contents
+// of a new Tensor are not set.
 class Tensor {
  public:
   Tensor() = default;
@@ -101,18 +102,18 @@ struct Piece {
   bool last = true;      // the sequence ends with this piece
 };
 
-// The pieces of one ragged batch, on the host and, for a device, mirrored there. Pieces cover the rows
-// 0 … t-1 in order without gaps. Throws where they do not, where two pieces write one slot, or where one
-// piece reads a slot that another writes (the order within a batch is not defined).
+// The pieces of one ragged batch, on the host and, for a device, mirrored there. Pieces cover the
+// rows 0 … t-1 in order without gaps. Throws where they do not, where two pieces write one slot, or
+// where one piece reads a slot that another writes (the order within a batch is not defined).
 class Rows {
  public:
   Rows(Backend& backend, std::vector<Piece> pieces);
   static Rows equal(Backend& backend, int64_t count, int64_t length);  // from zero, state discarded
 
   std::span<const Piece> pieces() const { return pieces_; }
-  int64_t total() const { return total_; }       // t
-  int64_t finished() const { return finished_; } // pieces with `last`
-  int32_t slots() const { return slots_; }       // highest slot named, plus one
+  int64_t total() const { return total_; }        // t
+  int64_t finished() const { return finished_; }  // pieces with `last`
+  int32_t slots() const { return slots_; }        // highest slot named, plus one
 
  private:
   std::vector<Piece> pieces_;

@@ -1,5 +1,5 @@
-// What a front end (DNA, audio) hands to the rest: token codes of records, run by run, in input order.
-// The only header of model/ that genomics/ and audio/ include.
+// What a front end (DNA, audio) hands to the rest: token codes of records, run by run, in input
+// order. The only header of model/ that genomics/ and audio/ include.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,15 @@
 
 namespace coil {
 
-// A run of consecutive codes of one record. A record of any length arrives as one or more of them, at most
-// Source::kRun codes each, so that no record is ever held whole.
+// A run of consecutive codes of one record. A record of any length arrives as one or more of them,
+// at most Source::kRun codes each, so that no record is ever held whole.
 struct Segment {
-  int64_t record = 0;          // 0, 1, …: counts the records of the source in input order
-  int64_t file = 0;            // which of the source's inputs it stands in, from 0
-  int64_t position = 0;        // of codes[0] in the record as named (a region chr1:1,001-… starts at 0 here)
-  int64_t offset = 0;          // added to positions in output: where the region begins in its sequence, from 0
+  int64_t record = 0;  // 0, 1, …: counts the records of the source in input order
+  int64_t file = 0;    // which of the source's inputs it stands in, from 0
+  int64_t position =
+      0;  // of codes[0] in the record as named (a region chr1:1,001-… starts at 0 here)
+  int64_t offset =
+      0;  // added to positions in output: where the region begins in its sequence, from 0
   bool first = false;          // the record begins here: name is set
   bool last = false;           // the record ends here
   std::string name;            // set where `first`
@@ -27,11 +29,13 @@ class Source {
   static constexpr int64_t kRun = 1 << 16;
   virtual ~Source() = default;
   virtual bool next(Segment& segment) = 0;  // false at the end of the input
-  // Share of the input read so far, 0 … 1, for a progress line; negative where the size is not known.
+  // Share of the input read so far, 0 … 1, for a progress line; negative where the size is not
+  // known.
   virtual double fraction() const { return -1; }
 };
 
-// A labelled set held in memory for training and evaluation: records of codes, and the examples cut from them.
+// A labelled set held in memory for training and evaluation: records of codes, and the examples cut
+// from them.
 struct Example {
   int64_t record = 0, begin = 0, length = 0;  // codes[record][begin, begin+length)
   int32_t label = -1;                         // index into labels; -1: none
