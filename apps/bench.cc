@@ -1,0 +1,272 @@
+// coil bench ops | model: how fast the operations, or a whole model of random weights, run on this
+// machine. Each is repeated for a while; the best and the median are printed. An op's limit is the
+// longer of the times its bytes take at the speed of a large copy and its arithmetic at that of a
+// large f32 product, both measured in the same run.
+#include <algorithm>
+#include <chrono>
+#include <functional>
+#include <nlohmann/json.hpp>
+
+#include "apps/command.h"
+#include "kernels/error.h"
+#include "kernels/op_cases.h"
+#include "model/head.h"
+#include "model/optimizer.h"
+
+namespace coil {
+namespace {
+
+namespace po = boost::program_options;
+using Json = nlohmann::ordered_json;
+
+struct BenchOptions {
+  std::string what = "model";
+  Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{4096};
+  double seconds = 2;
+  bool json = false;
+  CommonOptions common;
+};
+
+po::options_description describe(BenchOptions& options) {
+  po::options_description text("Options");
+  const auto size = [&](const char* name, Size& value, const char* help) {
+    text.add_options()(name, po::value(&value)->default_value(value), help);
+  };
+  text.add_options()("what", po::value(&options.what)->default_value(options.what),
+                     "ops: each operation; model: prefill, decoding and training");
+  size("d", options.d, "width; inner width twice that, 16 states, dt rank a sixteenth");
+  size("layers", options.layers, "layers of the model");
+  size("vocab", options.vocab, "size of the vocabulary");
+  size("length", options.length, "steps of a sequence");
+  size("batch", options.batch, "sequences at once");
+  size("chunk", options.chunk, "steps of all sequences in one pass of prefill");
+  text.add_options()("seconds", po::value(&options.seconds)->default_value(options.seconds),
+                     "time for each figure of a model; an op takes a tenth")  //
+      ("json", po::bool_switch(&options.json), "JSON instead of text");
+  text.add(describe(options.common));
+  return text;
+}
+
+struct Timing {
+  double best = 0, median = 0;  // seconds
+};
+
+// Runs f once unmeasured, then for `seconds` and at least five times.
+Timing measure(double seconds, const std::function<void()>& f) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> times;
+  f();
+  double total = 0;
+  while (times.size() < 5 || total < seconds) {
+    const auto start = Clock::now();
+    f();
+    times.push_back(std::chrono::duration<double>(Clock::now() - start).count());
+    total += times.back();
+  }
+  std::sort(times.begin(), times.end());
+  return {times.front(), times[times.size() / 2]};
+}
+
+struct Limits {
+  double bytes, flops;  // per second
+};
+
+Limits measure_limits(Backend& backend, double seconds) {
+  constexpr int64_t kBytes = 128 << 20, kSide = 1536;
+  Limits limits{};
+  {
+    Tensor from(backend, DType::u8, {kBytes}), to(backend, DType::u8, {kBytes});
+    backend.fill(from, 1);
+    limits.bytes = 2. * kBytes / measure(seconds, [&] { backend.copy(from, to); }).best;
+  }
+  Tensor a(backend, DType::f32, {kSide, kSide}), b(backend, DType::f32, {kSide, kSide});
+  Tensor c(backend, DType::f32, {kSide, kSide});
+  backend.fill(a, 1);
+  backend.fill(b, 1);
+  limits.flops = 2. * kSide * kSide * kSide /
+                 measure(seconds, [&] { backend.run(Gemm{.a = a, .b = b, .c = c}); }).best;
+  return limits;
+}
+
+std::vector<Piece> sequences(int64_t count, int64_t length) {
+  std::vector<Piece> pieces(count);
+  for (int64_t i = 0; i < count; ++i) pieces[i] = {.begin = i * length, .length = length};
+  return pieces;
+}
+
+void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
+  const double seconds = options.seconds / 10;
+  const Limits limits = measure_limits(backend, seconds);
+  const OpShape shape{.d = options.d,
+                      .e = 2 * options.d,
+                      .r = std::max<int64_t>(1, options.d / 16),
+                      .v = options.vocab,
+                      .pieces = sequences(options.batch, options.length)};
+  const OpCases all(backend, shape);
+  Json list = Json::array();
+  if (!options.json)
+    out.write(fmt::format(
+        "{} threads · copy {:.1f} GB/s · f32 product {:.0f} GFLOP/s · {} x {} steps, d {}\n\n"
+        "{:<28}{:>10}{:>11}{:>8}{:>9}{:>9}\n",
+        backend.threads(), limits.bytes / 1e9, limits.flops / 1e9, options.batch.value,
+        options.length.value, options.d.value, "operation", "best ms", "median ms", "GB/s",
+        "GFLOP/s", "of limit"));
+  for (const OpCase& op : all.cases) {
+    const Timing time = measure(seconds, [&] { op.run(backend); });
+    const double limit = std::max(op.bytes / limits.bytes, op.flops / limits.flops) / time.best;
+    if (options.json)
+      list.push_back({{"operation", op.name},
+                      {"best_ms", time.best * 1e3},
+                      {"median_ms", time.median * 1e3},
+                      {"gb_per_s", op.bytes / time.best / 1e9},
+                      {"gflop_per_s", op.flops / time.best / 1e9},
+                      {"of_limit", limit}});
+    else
+      out.write(fmt::format("{:<28}{:>10.4f}{:>11.4f}{:>8.1f}{:>9.1f}{:>8.0f}%\n", op.name,
+                            time.best * 1e3, time.median * 1e3, op.bytes / time.best / 1e9,
+                            op.flops / time.best / 1e9, limit * 100));
+  }
+  if (options.json)
+    out.write(Json({{"threads", backend.threads()},
+                    {"copy_gb_per_s", limits.bytes / 1e9},
+                    {"product_gflop_per_s", limits.flops / 1e9},
+                    {"operations", list}})
+                  .dump(2) +
+              "\n");
+}
+
+// One piece of each of `count` sequences, from their slots to their slots.
+Rows next_pieces(Backend& backend, int64_t count, int64_t length, int64_t position, bool last) {
+  std::vector<Piece> pieces = sequences(count, length);
+  for (int64_t i = 0; i < count; ++i) {
+    pieces[i].position = position;
+    pieces[i].from = position == 0 ? -1 : static_cast<int32_t>(i);
+    pieces[i].to = static_cast<int32_t>(i);
+    pieces[i].last = last;
+  }
+  return Rows(backend, std::move(pieces));
+}
+
+// Matrices in bf16, as load_model() does where asked.
+void narrow_matrices(Backend& backend, Model& model) {
+  for (const Param& param : declare(model)) {
+    if (!param.info.matrix || param.tensor->view().dtype != DType::f32) continue;
+    const View& view = *param.tensor;
+    Tensor half(backend, DType::bf16, std::span<const int64_t>(view.size, view.rank));
+    backend.copy(view, half);
+    *param.tensor = std::move(half);
+  }
+}
+
+void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
+  const int64_t batch = options.batch, length = options.length;
+  Config config;
+  config.vocab = options.vocab;
+  config.d = options.d;
+  config.e = 2 * options.d;
+  config.dt_rank = std::max<int64_t>(1, options.d / 16);
+  config.layers = std::vector<LayerConfig>(options.layers);
+  Model model = make_model(backend, config, options.common.seed);
+  std::vector<int32_t> ids(batch * length), targets(batch * length);
+  Philox random(options.common.seed, 0, 0);
+  for (int32_t& id : ids) id = static_cast<int32_t>(random.below(config.vocab));
+  for (int32_t& id : targets) id = static_cast<int32_t>(random.below(config.vocab));
+  const auto ids_view = [&](std::vector<int32_t>& from, int64_t count) {
+    return host_view(from.data(), DType::i32, {count});
+  };
+
+  struct Figure {
+    const char* name;
+    double tokens;  // of one repetition
+    Timing time;
+  };
+  std::vector<Figure> figures;
+  {
+    Model grad = zeros_like(backend, model),
+          trained = make_model(backend, config, options.common.seed);
+    Optimizer optimizer(backend, trained, {});
+    const Rows rows = Rows::equal(backend, batch, length);
+    figures.push_back(
+        {"training, f32", static_cast<double>(batch * length), measure(options.seconds, [&] {
+           batch_loss(backend, trained, ids_view(ids, batch * length), rows,
+                      ids_view(targets, batch * length), {}, &grad);
+           optimizer.step(backend, trained, grad, 1e-3);
+         })});
+  }
+  if (matrix_dtype(options.common) == DType::bf16) narrow_matrices(backend, model);
+  State state(backend, config, static_cast<int32_t>(batch));
+  const int64_t chunk = std::clamp<int64_t>(options.chunk / batch, 1, length);
+  figures.push_back({"prefill", static_cast<double>(batch * length), measure(options.seconds, [&] {
+                       for (int64_t begin = 0; begin < length; begin += chunk) {
+                         const int64_t steps = std::min(chunk, length - begin);
+                         const Rows rows =
+                             next_pieces(backend, batch, steps, begin, begin + steps == length);
+                         const Tensor h =
+                             hidden(backend, model, ids_view(ids, batch * steps), rows, &state);
+                         lm_logits(backend, model, h);
+                       }
+                     })});
+  constexpr int64_t kSteps = 16;  // of one repetition, timed together
+  int64_t position = length;
+  figures.push_back({"decoding", static_cast<double>(batch * kSteps), measure(options.seconds, [&] {
+                       for (int64_t i = 0; i < kSteps; ++i) {
+                         const Rows rows = next_pieces(backend, batch, 1, position++, false);
+                         const Tensor h =
+                             hidden(backend, model, ids_view(ids, batch), rows, &state);
+                         lm_logits(backend, model, h);
+                       }
+                     })});
+
+  if (options.json) {
+    Json result = {{"threads", backend.threads()},
+                   {"precision", options.common.precision},
+                   {"parameters", parameters(config)},
+                   {"d", config.d},
+                   {"layers", config.layers.size()},
+                   {"vocab", config.vocab},
+                   {"length", length},
+                   {"batch", batch}};
+    for (const Figure& figure : figures)
+      result[figure.name] = {{"best_tokens_per_s", figure.tokens / figure.time.best},
+                             {"median_tokens_per_s", figure.tokens / figure.time.median}};
+    out.write(result.dump(2) + "\n");
+    return;
+  }
+  out.write(fmt::format(
+      "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {} "
+      "threads\n\n"
+      "{:<16}{:>14}{:>16}\n",
+      parameters(config), config.d, config.layers.size(), config.vocab, batch, length,
+      options.common.precision, backend.threads(), "", "best tokens/s", "median tokens/s"));
+  for (const Figure& figure : figures)
+    out.write(fmt::format("{:<16}{:>14.0f}{:>16.0f}\n", figure.name,
+                          figure.tokens / figure.time.best, figure.tokens / figure.time.median));
+}
+
+}  // namespace
+
+int run_bench(int argc, char** argv) {
+  BenchOptions options;
+  po::variables_map values;
+  if (!parse(
+          argc, argv, "bench ops|model [options]",
+          "Times the operations, or prefill, decoding and training of a model of random weights.",
+          describe(options), {"what"}, false, values))
+    return 0;
+  for (const auto& [name, value] : {std::pair{"--d", options.d},
+                                    {"--layers", options.layers},
+                                    {"--vocab", options.vocab},
+                                    {"--length", options.length},
+                                    {"--batch", options.batch},
+                                    {"--chunk", options.chunk}})
+    if (value < 1) throw UsageError(fmt::format("{} is {}, expected 1 or more", name, value.value));
+  if (options.what != "ops" && options.what != "model")
+    throw UsageError(fmt::format("unknown benchmark '{}', expected ops or model", options.what));
+  const auto backend = make_backend(options.common);
+  Output out("");
+  (options.what == "ops" ? bench_ops : bench_model)(*backend, options, out);
+  out.close();
+  return 0;
+}
+
+}  // namespace coil
