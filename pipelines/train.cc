@@ -28,6 +28,7 @@ using Clock = std::chrono::steady_clock;
 constexpr double kExploded = 100;         // times the loss of guessing
 constexpr int64_t kEvaluations = 20;      // in a run, unless asked otherwise
 constexpr int64_t kDefaultWindow = 1024;  // of language modelling
+constexpr int64_t kPartRows = 4096;       // larger is not faster
 
 double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
@@ -100,6 +101,7 @@ class Trainer {
   void restore();
   int loop();
   void train_step();
+  double weight_of(std::span<const int32_t> targets) const;
   void evaluate_now();
   void save();
   [[noreturn]] void exploded(const std::string& what) const;
@@ -347,18 +349,44 @@ int Trainer::loop() {
   return 0;
 }
 
+// What the mean loss divides by.
+double Trainer::weight_of(std::span<const int32_t> targets) const {
+  double total = 0;
+  for (const int32_t target : targets)
+    if (target >= 0) total += class_weights_.empty() ? 1.0 : class_weights_[target];
+  return total;
+}
+
+// Several parts of at most kPartRows rows, whose gradients add up to the batch's: memory is that of
+// a part, and a part's activations stay nearer to the core.
 void Trainer::train_step() {
   Batch batch = batches_->draw(step_ + 1);
-  const auto t = static_cast<int64_t>(batch.ids.size());
-  const auto m = static_cast<int64_t>(batch.targets.size());
-  const Rows rows(backend_, std::move(batch.pieces));
   const View weights = class_weights_.empty()
                            ? View{}
                            : host_view(class_weights_.data(), DType::f32,
                                        {static_cast<int64_t>(class_weights_.size())});
-  const BatchLoss loss =
-      batch_loss(backend_, model_, host_view(batch.ids.data(), DType::i32, {t}), rows,
-                 host_view(batch.targets.data(), DType::i32, {m}), weights, &grad_);
+  const double total = weight_of(batch.targets);
+  BatchLoss loss;
+  for (size_t begin = 0, end = 0; begin < batch.pieces.size(); begin = end) {
+    const int64_t first = batch.pieces[begin].begin;
+    int64_t t = 0;
+    std::vector<Piece> pieces;
+    for (; end < batch.pieces.size(); ++end) {
+      const Piece& piece = batch.pieces[end];
+      if (t > 0 && t + piece.length > kPartRows) break;
+      pieces.push_back({.begin = t, .length = piece.length});
+      t += piece.length;
+    }
+    const int64_t target = lm() ? first : static_cast<int64_t>(begin);
+    const int64_t targets = lm() ? t : static_cast<int64_t>(end - begin);
+    const Rows rows(backend_, std::move(pieces));
+    const BatchLoss part =
+        batch_loss(backend_, model_, host_view(batch.ids.data() + first, DType::i32, {t}), rows,
+                   host_view(batch.targets.data() + target, DType::i32, {targets}), weights, &grad_,
+                   nullptr, weight_of(std::span(batch.targets).subspan(target, targets)) / total);
+    loss.sum += part.sum;
+    loss.weight += part.weight;
+  }
   ++step_;
   const double mean = loss.weight > 0 ? loss.sum / loss.weight : 0;
   const double guess =
@@ -369,8 +397,8 @@ void Trainer::train_step() {
   if (!std::isfinite(norm)) exploded(fmt::format("the gradient's norm is {:g}", norm));
   progress_.loss_sum += loss.sum;
   progress_.loss_weight += loss.weight;
-  progress_.tokens += t;
-  rate_tokens_ += t;
+  progress_.tokens += static_cast<int64_t>(batch.ids.size());
+  rate_tokens_ += static_cast<int64_t>(batch.ids.size());
 }
 
 void Trainer::exploded(const std::string& what) const {
