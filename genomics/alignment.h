@@ -16,7 +16,7 @@
 namespace coil {
 
 struct AlignmentOptions {
-  std::string reference;  // FASTA with .fai (made if missing and possible), for CRAM
+  std::string reference = {};  // FASTA with .fai (made if missing and possible), for CRAM
   bool secondary = false, supplementary = false;
   int threads = 1;
 };

@@ -4,6 +4,7 @@
 #include <htslib/cram.h>
 #include <htslib/faidx.h>
 #include <htslib/hfile.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstdlib>
@@ -38,13 +39,17 @@ void keep_references_local() {
   });
 }
 
-// htslib falls back to the place that the header's UR field names, a server too.
-void forget_remote_references(htsFile* file) {
+// htslib falls back to the place that the header's UR field names: a server too, and of a file that
+// is not there it complains on stderr.
+void keep_local_places(htsFile* file) {
   sam_hdr_t* header = cram_fd_get_header(file->fp.cram);
   kstring_t place = KS_INITIALIZE;
   for (int i = 0; i < sam_hdr_nref(header); ++i) {
     const char* name = sam_hdr_tid2name(header, i);
-    if (sam_hdr_find_tag_id(header, "SQ", "SN", name, "UR", &place) == 0 && hisremote(place.s))
+    if (sam_hdr_find_tag_id(header, "SQ", "SN", name, "UR", &place) != 0) continue;
+    std::string_view path(place.s, place.l);
+    if (path.starts_with("file:")) path.remove_prefix(5);
+    if (hisremote(place.s) || ::access(std::string(path).c_str(), R_OK) != 0)
       sam_hdr_remove_tag_id(header, "SQ", "SN", name, "UR");
   }
   ks_free(&place);
@@ -80,7 +85,7 @@ AlignmentFile::AlignmentFile(const std::string& path, const AlignmentOptions& op
   if (options.threads > 1) hts_set_threads(file_.get(), options.threads);
   if (format == cram) {
     set_reference(file_.get(), name_, options.reference);
-    forget_remote_references(file_.get());
+    keep_local_places(file_.get());
     if (bases_only)
       hts_set_opt(file_.get(), CRAM_OPT_REQUIRED_FIELDS, SAM_QNAME | SAM_FLAG | SAM_SEQ);
   }

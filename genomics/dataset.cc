@@ -145,7 +145,7 @@ class Reader {
   // label_for(name): of a record about to be added.
   template <class LabelFor>
   void read_records(const std::string& path, LabelFor&& label_for) {
-    const std::unique_ptr<Source> source = open_fasta({path});
+    const std::unique_ptr<Source> source = open_fasta({path}, !table_.empty());
     Segment segment;
     std::vector<uint8_t> codes;
     std::string name;

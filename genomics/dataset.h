@@ -11,11 +11,11 @@ namespace coil {
 
 struct DatasetOptions {
   std::string sequence_column = "sequence", label_column = "label";  // CSV / TSV (plain or gzip)
-  std::string table;       // FASTA plus a two-column table name<TAB>label (header line optional)
+  std::string table = {};  // FASTA plus a two-column table name<TAB>label (header line optional)
   int64_t min_length = 0;  // windows of a length drawn from min … max (min 0: all of max)
   int64_t max_length = 0;  //   (0: whole records)
-  std::vector<std::string>
-      labels;  // of a model or of the training set: a label outside is an error. empty: found
+  // Of a model or of the training set: a label outside is an error. Empty: those found.
+  std::vector<std::string> labels = {};
   bool labelled = true;  // false: language modelling, any DNA file
 };
 

@@ -19,7 +19,9 @@ namespace coil {
 enum class FileKind : uint8_t { fasta, fastq, sam, bam, cram, unknown };
 FileKind sniff(const std::string& path);  // by content, through compression; not for "-"
 
-std::unique_ptr<Source> open_fasta(std::vector<std::string> paths);
+// unique_names: whether a duplicate name is an error; false where nothing refers to records by
+// name.
+std::unique_ptr<Source> open_fasta(std::vector<std::string> paths, bool unique_names = true);
 
 // What --paired needs: two files (or one interleaved) of equal names; records 2i and 2i+1 are mates
 // and both carry the first's name without a closing /1 or /2. Names match if equal, or if they

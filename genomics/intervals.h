@@ -12,9 +12,10 @@
 namespace coil {
 
 struct Interval {
-  std::string name;                    // sequence
+  std::string name = {};               // sequence
   int64_t begin = 0, end = INT64_MAX;  // 0-based, half open
-  std::string text;  // the region as given: where a sequence has all of it as its name, that one
+  std::string text =
+      {};  // the region as given: where a sequence has all of it as its name, that one
 };
 // name, name:from, name:from-to, name:-to, {na:me}:from-to. Throws where numbers make no region.
 Interval parse_region(const std::string& text);
