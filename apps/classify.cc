@@ -68,7 +68,7 @@ class Summary {
   }
 
   void print(const char* what) const {
-    size_t width = 5;
+    size_t width = 7;  // of "unknown"
     for (const std::string& label : config_.labels) width = std::max(width, label.size());
     fmt::print(stderr, "{:<{}}  {:>12}  {:>16}  {:>7}\n", "class", width, what, "bases", "share");
     for (size_t i = 0; i < counts_.size(); i++) {

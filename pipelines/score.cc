@@ -80,7 +80,7 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
             .begin = unit.begin,
             .end = unit.end,
             .counted = unit.values[1] / unit.strands,
-            .log_likelihood = -unit.values[0] / unit.strands});
+            .log_likelihood = 0 - unit.values[0] / unit.strands});
     }
     if (progress) progress(stream.steps());
   }
