@@ -178,6 +178,8 @@ int run_train(int argc, char** argv) {
   }
   TrainOptions& options = given.options;
   if (options.data.empty()) throw UsageError("no data to train on");
+  if (given.common.precision != "f32")
+    throw UsageError(fmt::format("--precision {}: training is in f32", given.common.precision));
   if (!options.from.empty()) {  // the network is that model's
     const Config config = read_config(options.from);
     const auto same = [&](const char* name, int64_t& member, int64_t value) {

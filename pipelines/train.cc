@@ -251,7 +251,7 @@ void Trainer::begin() {
       options_.layers, options_.d, options_.n, with_commas(parameters(config)),
       with_commas(options_.steps), with_commas(options_.batch_tokens), options_.lr,
       options_.threads));
-  if (options_.balance && !lm()) {
+  if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
     std::vector<double> counts(all_.labels.size(), 0);
     for (const Example& item : parts_.train) counts[item.label] += 1;
     for (const double count : counts)

@@ -15,7 +15,7 @@ struct TrainOptions {
   std::vector<std::string> data;  // see genomics/dataset.h
   std::string validation;         // file or folder; empty: a split
   double validation_fraction = 0.1;
-  int64_t validation_tokens = 500'000;  // at most; what is more is thinned evenly. 0: no limit
+  int64_t validation_tokens = 300'000;  // at most; what is more is thinned evenly. 0: no limit
   std::string out;                      // model folder
   std::string preset =
       "dna-small";   // dna-tiny | dna-small | dna-base: applied before everything else

@@ -21,6 +21,7 @@
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "model/params.h"
+#include "pipelines/batches.h"
 #include "pipelines/evaluate.h"
 
 extern char** environ;
@@ -173,7 +174,7 @@ TEST_F(Train, LearnsClassesFromFolders) {
   for (std::string line; std::getline(log, line); ++lines) {
     EXPECT_EQ(line.front(), '{');
     EXPECT_EQ(line.back(), '}');
-    EXPECT_EQ(line.find("\"mcc\"") != std::string::npos, lines > 0);
+    EXPECT_EQ(line.find("\"mcc\":") != std::string::npos, lines > 0);
   }
   EXPECT_EQ(lines, 4);  // the options and three evaluations
 }
@@ -200,6 +201,45 @@ TEST_F(Train, LanguageModelThenFineTuning) {
   const Config config = read_config(at("tuned"));
   EXPECT_EQ(config.d, 16);
   EXPECT_EQ(config.labels, (std::vector<std::string>{"0", "1"}));
+}
+
+// A batch of several parts, with class weights, is one step on all of it.
+TEST_F(Train, AStepInPartsIsTheStepOfTheWholeBatch) {
+  TrainOptions options = small(motif_csv("train.csv", 299, 1), "model");
+  options.batch_tokens = 299 * 40;  // three parts
+  options.validation_fraction = 0;
+  options.balance = true;
+  options.steps = 1;
+  run(options);
+
+  const Examples all = read_examples(options.data, {});
+  Batches batches(all, all.items, {.batch_tokens = options.batch_tokens});
+  Batch batch = batches.draw(1);
+  Config config = read_config(at("model"));
+  Model model = make_model(*backend_, config, options.seed), grad = zeros_like(*backend_, model);
+  Optimizer optimizer(*backend_, model, {.lr = options.lr, .weight_decay = options.weight_decay});
+  float weights[] = {299 / (2 * 150.f), 299 / (2 * 149.f)};
+  const auto t = static_cast<int64_t>(batch.ids.size());
+  ASSERT_EQ(t, 299 * 40);
+  batch_loss(*backend_, model, host_view(batch.ids.data(), DType::i32, {t}),
+             Rows(*backend_, batch.pieces), host_view(batch.targets.data(), DType::i32, {299}),
+             host_view(weights, DType::f32, {2}), &grad);
+  optimizer.step(*backend_, model, grad, learning_rate(options, 1));
+
+  Model trained = make_model(*backend_, config, 99);
+  Optimizer moments(*backend_, trained, {});
+  load_checkpoint(*backend_, at("model"), trained, moments);
+  const auto expected = declare(optimizer.m), found = declare(moments.m);
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const auto a = expected[i].tensor->span<float>(), b = found[i].tensor->span<float>();
+    double difference = 0, norm = 0;
+    for (size_t j = 0; j < a.size(); ++j) {
+      difference += (a[j] - b[j]) * (a[j] - b[j]);
+      norm += a[j] * a[j];
+    }
+    EXPECT_LE(std::sqrt(difference), 1e-4 * std::sqrt(norm)) << expected[i].info.name;
+    EXPECT_GT(norm, 0) << expected[i].info.name;
+  }
 }
 
 TEST_F(Train, SameSeedSameBits) {
