@@ -27,7 +27,7 @@ struct TrainOptions {
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs
   double epochs = 10;
-  int64_t batch_tokens = 16384;  // a batch holds sequences up to this many tokens
+  int64_t batch_tokens = 8192;  // a batch holds sequences up to this many tokens
   double lr = 4e-3, min_lr = 0.05 /* of lr, end of the cosine */, warmup = 0.05 /* of all steps */;
   double weight_decay = 0.1, clip = 1.0;
   bool reverse_complement = true;  // augmentation, and both strands averaged in evaluation
