@@ -161,9 +161,10 @@ class FastaReader final : public Source {
 
   void begin_record(Segment& segment) {
     check(!name_.empty(), "{}: the record in line {} has no name", file_name(), line_);
-    if (unique_names_ && marker_ == '>')
-      check(seen_.insert(name_), "{}: line {}: a second record is named '{}'", file_name(), line_,
-            name_);
+    if (unique_names_ && marker_ == '>' && !seen_.insert(name_))
+      throw Error(
+          fmt::format("{}: line {}: a second record is named '{}'", file_name(), line_, name_),
+          "`seqkit rename` makes names unique");
     segment.first = true;
     segment.name = name_;
     segment.record = ++record_;
