@@ -1,7 +1,7 @@
 // coil bench ops | model: how fast the operations, or a whole model of random weights, run on this
 // machine. Each is repeated for a while; the best and the median are printed. An op's limit is the
-// longer of the times its bytes take at the speed of a large copy and its arithmetic at that of a
-// large f32 product, both measured in the same run.
+// longer of the times its bytes take at the speed of a copy and its arithmetic at that of a square
+// f32 product, both measured in the same run.
 #include <algorithm>
 #include <chrono>
 #include <functional>
@@ -71,14 +71,15 @@ struct Limits {
   double bytes, flops;  // per second
 };
 
-Limits measure_limits(Backend& backend, double seconds) {
-  constexpr int64_t kBytes = 128 << 20, kSide = 1536;
+// `bytes`: of the copy, like those of the operations, so that both lie in the same cache or in
+// none.
+Limits measure_limits(Backend& backend, int64_t bytes, double seconds) {
+  constexpr int64_t kSide = 768;
   Limits limits{};
-  {
-    Tensor from(backend, DType::u8, {kBytes}), to(backend, DType::u8, {kBytes});
-    backend.fill(from, 1);
-    limits.bytes = 2. * kBytes / measure(seconds, [&] { backend.copy(from, to); }).best;
-  }
+  Tensor from(backend, DType::u8, {bytes}), to(backend, DType::u8, {bytes});
+  backend.fill(from, 1);
+  limits.bytes =
+      2. * static_cast<double>(bytes) / measure(seconds, [&] { backend.copy(from, to); }).best;
   Tensor a(backend, DType::f32, {kSide, kSide}), b(backend, DType::f32, {kSide, kSide});
   Tensor c(backend, DType::f32, {kSide, kSide});
   backend.fill(a, 1);
@@ -96,7 +97,8 @@ std::vector<Piece> sequences(int64_t count, int64_t length) {
 
 void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
   const double seconds = options.seconds / 10;
-  const Limits limits = measure_limits(backend, seconds);
+  const int64_t bytes = options.batch * options.length * 2 * options.d * 4;  // of x, (t, e)
+  const Limits limits = measure_limits(backend, bytes, seconds);
   const OpShape shape{.d = options.d,
                       .e = 2 * options.d,
                       .r = std::max<int64_t>(1, options.d / 16),

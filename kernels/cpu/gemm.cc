@@ -89,7 +89,11 @@ class ThreadCount {
 bool multiplies_bf16_fast() {
   const auto isa = dnnl::get_effective_cpu_isa();
   if (isa == dnnl::cpu_isa::avx512_core_amx) return true;
+#if HWY_ARCH_X86
   return isa == dnnl::cpu_isa::avx512_core_bf16 && __builtin_cpu_is("amd");
+#else
+  return false;
+#endif
 }
 
 // Rows of a view of one row may have any stride; libraries want at least the width.
@@ -99,7 +103,7 @@ int64_t leading(const View& view) { return std::max(view.stride[0], view.size[1]
 
 // oneDNN's bf16 products, by shape.
 struct CpuBackend::Products {
-  using Key = std::array<int64_t, 9>;
+  using Key = std::array<int64_t, 8>;
   struct Product {
     dnnl::memory a, b, c;
     dnnl::matmul matmul;
@@ -119,7 +123,7 @@ void CpuBackend::Products::run(const Gemm& op, View a) {
   constexpr size_t kMost = 256;  // shapes kept
   const int64_t m = op.c.rows(), n = op.c.cols(), k = a.cols();
   const int64_t beta = std::bit_cast<int32_t>(op.beta), alpha = std::bit_cast<int32_t>(op.alpha);
-  const Key key{m, n, k, leading(op.b), leading(op.c), op.tb, beta, alpha, 0};
+  const Key key{m, n, k, leading(op.b), leading(op.c), op.tb, beta, alpha};
   const std::lock_guard lock(mutex);
   if (products.size() >= kMost && !products.contains(key)) products.clear();
   auto found = products.find(key);
