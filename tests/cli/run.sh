@@ -6,7 +6,8 @@
 #   # comment
 #   needs PATH-OR-PROGRAM      the file is skipped (77) where a path does not exist or a program is not found
 #   $ coil info MODEL          a line for bash, run in a folder of its own that all cases of the file share
-#   1> text                    the lines of standard output, all of them, exactly; without any, it is not compared
+#   1> text                    the lines of standard output, all of them, to rounding (tests/same_text.awk); without any,
+#                              it is not compared
 #   1~ regex                   one line of standard output matches (extended regular expression)
 #   2> text                    one line of standard error is this
 #   2~ regex                   one line of standard error matches
@@ -31,8 +32,8 @@ run_case() {
   (cd "$work/run" && timeout 300 bash -o pipefail -c "$command" >"$work/out" 2>"$work/err" </dev/null) || found=$?
   ran=$((ran + 1))
   [ "$found" = "$status" ] || complain "exit status $found, expected $status"
-  if [ -s "$work/expected" ] && ! diff "$work/expected" "$work/out" >"$work/diff"; then
-    complain 'standard output differs (< expected, > found):'; cat "$work/diff"
+  if [ -s "$work/expected" ] && ! awk -f "$SOURCE/tests/same_text.awk" "$work/expected" "$work/out"; then
+    complain 'standard output differs (< expected, > found):'; diff "$work/expected" "$work/out"
   fi
   local i
   for i in "${!checks[@]}"; do
