@@ -21,6 +21,8 @@ constexpr Command kCommands[] = {
     {"Use a model", "score", "log-likelihood and bits per base of DNA", true, coil::run_score},
     {"Make a model", "train", "train a classifier or a language model", true, coil::run_train},
     {"Make a model", "eval", "metrics of a model on labelled data", true, coil::run_eval},
+    {"Make a model", "calibrate", "thresholds below which classify says unknown", true,
+     coil::run_calibrate},
     {"Look after models", "info", "shapes, parameters and a memory plan", false, coil::run_info},
     {"Look after models", "convert", "from and to Hugging Face Mamba folders", true,
      coil::run_convert},

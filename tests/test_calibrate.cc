@@ -1,0 +1,75 @@
+// Thresholds of "unknown": quantiles of what classify itself answers.
+#include "pipelines/calibrate.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "pipelines/classify.h"
+#include "tests/records.h"
+
+namespace coil {
+namespace {
+
+OpenSource records(std::vector<Codes> codes) {
+  return [codes] { return std::make_unique<Records>(codes); };
+}
+
+TEST(Calibrate, KeepsItsShareOfTheKnown) {
+  const auto backend = make_cpu_backend(1);
+  Model model = small_model(*backend, small_config(Objective::classify));
+  const OpenSource known = records({random_codes(30'000, 1), random_codes(150, 2)});
+  const OpenSource unknown = records({random_codes(20'000, 3)});
+  const CalibrateOptions options{
+      .stream = {.batch = 512}, .lengths = {200, 50, 5000}, .keep = 0.9, .pieces = 140};
+  const std::vector<Calibration> rows = calibrate(*backend, model, known, unknown, options);
+  ASSERT_EQ(rows.size(), 2u);  // of 5,000 bases there are too few
+  EXPECT_EQ(rows[0].length, 50);
+  EXPECT_EQ(rows[1].length, 200);
+  model.config.unknown.clear();
+  for (const Calibration& row : rows) {
+    EXPECT_GE(row.known, 100);
+    EXPECT_LE(row.known, 160);
+    EXPECT_GE(row.kept, 0.9);
+    EXPECT_LE(row.kept, 0.9 + 1.0 / row.known);  // the largest threshold that does
+    EXPECT_GT(row.unknown, 90);
+    model.config.unknown.push_back({.length = row.length, .probability = row.threshold});
+  }
+  // What classify then does with the same pieces.
+  for (const Calibration& row : rows) {
+    const auto count = [&](const OpenSource& open, int64_t bases) {
+      int64_t all = 0, labelled = 0;
+      const StreamOptions stream{
+          .window = row.length, .stride = std::max(row.length, bases / 140), .batch = 512};
+      classify(*backend, model, *open(), {.stream = stream, .files = {}},
+               [&](const Answer& answer) {
+                 if (answer.end - answer.begin != row.length) return;
+                 all += 1;
+                 labelled += answer.label >= 0;
+               });
+      return std::pair(all, labelled);
+    };
+    const auto [all, labelled] = count(known, 30'150);
+    EXPECT_EQ(all, row.known);
+    EXPECT_NEAR(static_cast<double>(labelled) / all, row.kept, 1e-12);
+    const auto [others, passed] = count(unknown, 20'000);
+    EXPECT_EQ(others, row.unknown);
+    EXPECT_NEAR(1 - static_cast<double>(passed) / others, row.caught, 1e-12);
+  }
+}
+
+TEST(Calibrate, WithoutUnknownAndWithoutEnough) {
+  const auto backend = make_cpu_backend(1);
+  const Model model = small_model(*backend, small_config(Objective::classify));
+  const auto rows = calibrate(*backend, model, records({random_codes(10'000, 1)}), {},
+                              {.stream = {.batch = 512}, .lengths = {50}, .keep = 1});
+  ASSERT_EQ(rows.size(), 1u);
+  EXPECT_EQ(rows[0].kept, 1);
+  EXPECT_TRUE(std::isnan(rows[0].caught));
+  EXPECT_THROW(calibrate(*backend, model, records({random_codes(99 * 50, 1)}), {},
+                         {.stream = {.batch = 512}, .lengths = {50}}),
+               Error);
+}
+
+}  // namespace
+}  // namespace coil
