@@ -82,7 +82,6 @@ AlignmentFile::AlignmentFile(const std::string& path, const AlignmentOptions& op
   check(format == sam || format == bam || format == cram, "{}: SAM, BAM or CRAM was expected",
         name_);
   check(hts_check_EOF(file_.get()) != 0, "{}: truncated: the end marker is missing", name_);
-  if (options.threads > 1) hts_set_threads(file_.get(), options.threads);
   if (format == cram) {
     set_reference(file_.get(), name_, options.reference);
     keep_local_places(file_.get());
@@ -91,6 +90,9 @@ AlignmentFile::AlignmentFile(const std::string& path, const AlignmentOptions& op
   }
   header_.reset(sam_hdr_read(file_.get()));
   check(header_ != nullptr, "{}: the header is truncated or damaged", name_);
+  // Not before the header: htslib 1.16 asks the pool for the end marker then, and waits for ever
+  // where the pool has already come to the end of a short or broken pipe.
+  if (options.threads > 1) hts_set_threads(file_.get(), options.threads);
 }
 
 bool AlignmentFile::read() {
