@@ -5,6 +5,10 @@
 // A vector holds neighbouring channels; the last w inputs (and in backward the w unfinished dx)
 // move through registers, so that every row is read and written once and one pass forwards in time
 // serves backward too.
+//
+// Measured, best of 100 calls, c 512, w 4, t 512, one thread: forward 0.11 ms, 19 cycles a vector
+// and step (20 operations on two ports are 10), backward 0.20 ms; a block's rows come from L2 and
+// L3. (2 cores, AVX-512 Xeon (Emerald Rapids class, no AMX), 2026-11-22)
 #include <omp.h>
 
 #include <algorithm>
@@ -40,6 +44,12 @@ int64_t lanes() { return kLanes; }
 // weight[k] of one block of channels; 0 past `valid`.
 template <int kTaps>
 HWY_INLINE void load_taps(const View& weight, int64_t channel, int64_t valid, V* taps) {
+  if constexpr (kTaps == 4) {  // the usual case, which decoding would spend most of its time on
+    if (valid == kLanes && weight.stride[0] == 4) {
+      hn::LoadInterleaved4(d, weight.row<float>(channel), taps[0], taps[1], taps[2], taps[3]);
+      return;
+    }
+  }
   HWY_ALIGN float column[kTaps * kLanes] = {};
   for (int64_t lane = 0; lane < valid; ++lane)
     for (int k = 0; k < kTaps; ++k)

@@ -13,7 +13,7 @@
 
 namespace coil {
 
-constexpr int64_t kParallelWork = 16 << 10;  // channels x states x steps from which threads pay
+constexpr int64_t kParallelWork = 32 << 10;  // channels x states x steps from which threads pay
 
 inline std::vector<int64_t> first_checkpoints(const Rows& rows) {
   std::vector<int64_t> first;
@@ -110,6 +110,27 @@ HWY_INLINE void store_state(const View& state, int32_t slot, int64_t channel, in
     for (int64_t i = 0; i < n; ++i)
       to[i] = add ? to[i] + h[i * kLanes + lane] : h[i * kLanes + lane];
   }
+}
+
+// to[i] = sum over lanes of from[i, lane], kLanes sums at a time: halves of pairs are added until
+// one vector is left. Of `from` and `to`, whole vectors are read and written.
+HWY_INLINE void sum_lanes(const float* from, int64_t count, float* to) {
+#if HWY_TARGET == HWY_SCALAR
+  std::copy_n(from, count, to);
+#else
+  for (int64_t i = 0; i < count; i += kLanes) {
+    V part[kLanes];
+#pragma GCC unroll 16
+    for (int64_t k = 0; k < kLanes; ++k) part[k] = hn::Load(d, from + (i + k) * kLanes);
+#pragma GCC unroll 4
+    for (int64_t width = kLanes / 2; width >= 1; width /= 2)
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < width; ++k)
+        part[k] = hn::Add(hn::ConcatEven(d, part[2 * k + 1], part[2 * k]),
+                          hn::ConcatOdd(d, part[2 * k + 1], part[2 * k]));
+    hn::Store(part[0], d, to + i);
+  }
+#endif
 }
 
 }  // namespace HWY_NAMESPACE
