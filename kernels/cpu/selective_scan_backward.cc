@@ -19,8 +19,6 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/grid.h"
 
-// SSSE3 alone is older than any machine in use: less to compile.
-#define HWY_DISABLED_TARGETS HWY_SSSE3
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/cpu/selective_scan_backward.cc"
 #include <hwy/foreach_target.h>
