@@ -1,9 +1,11 @@
 // coil COMMAND …: the table of commands and the one try/catch. Results go to stdout, everything
 // else to stderr. Exit status: 0, 1 for an error in data, files or machine, 2 for bad usage.
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <string_view>
@@ -110,9 +112,19 @@ int dispatch(int argc, char** argv, std::string& name) {
   return status;
 }
 
+// OpenMP's threads spin up to 17 ms for the next operation, which costs ten times the work itself
+// where another program wants the core (docs/performance.md); 1,000 turns are about 50 us. libgomp
+// reads this before main, so the program starts anew with it set; what a user has set stays.
+void spin_briefly(char** argv) {
+  if (std::getenv("OMP_WAIT_POLICY") || std::getenv("GOMP_SPINCOUNT")) return;
+  setenv("GOMP_SPINCOUNT", "1000", 1);
+  execv("/proc/self/exe", argv);  // comes back only if it cannot
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  spin_briefly(argv);
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like any other
   std::string name = "coil";
   try {
