@@ -203,7 +203,7 @@ int run_classify(int argc, char** argv) {
   }
   Summary summary(config);
   {
-    Progress progress("classify", *source);
+    Progress progress("classify");
     classify(
         *backend, model, *source, how,
         [&](const Answer& answer) {
@@ -213,7 +213,7 @@ int run_classify(int argc, char** argv) {
           out->write(options.json ? json_line(config, answer, options.all)
                                   : table_line(config, answer, options.all));
         },
-        [&](int64_t steps) { progress(steps); });
+        [&](const Stream& stream) { progress(stream); });
   }
   if (tags) tags->close();
   if (out) out->close();

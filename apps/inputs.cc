@@ -121,21 +121,22 @@ StreamOptions EngineOptions::resolve(const Config& config) const {
   return stream;
 }
 
-Progress::Progress(std::string command, const Source& source)
-    : command_(std::move(command)), source_(source), terminal_(isatty(STDERR_FILENO) == 1) {}
+Progress::Progress(std::string command)
+    : command_(std::move(command)), terminal_(isatty(STDERR_FILENO) == 1) {}
 
 Progress::~Progress() {
   if (shown_) fmt::print(stderr, "\r\033[K");
 }
 
-void Progress::operator()(int64_t steps) {
+void Progress::operator()(const Stream& stream) {
   using std::chrono::duration;
   if (!terminal_) return;
   const auto now = Clock::now();
   if (now - last_ < std::chrono::milliseconds(500)) return;
   last_ = now;
   shown_ = true;
-  const double seconds = duration<double>(now - begin_).count(), done = source_.fraction();
+  const double seconds = duration<double>(now - begin_).count(), done = stream.fraction();
+  const auto steps = static_cast<double>(stream.steps());
   fmt::print(stderr, "\r\033[Kcoil {}: {:.2f} M steps, {:.0f} k/s", command_, steps * 1e-6,
              steps * 1e-3 / seconds);
   if (done > 0) {

@@ -37,14 +37,13 @@ boost::program_options::options_description describe(EngineOptions& options);
 // Steps done, rate and, where the end is known, the time left: on stderr when it is a terminal.
 class Progress {
  public:
-  Progress(std::string command, const Source& source);
+  explicit Progress(std::string command);
   ~Progress();  // clears the line
-  void operator()(int64_t steps);
+  void operator()(const Stream& stream);
 
  private:
   using Clock = std::chrono::steady_clock;
   std::string command_;
-  const Source& source_;
   bool terminal_, shown_ = false;
   Clock::time_point begin_ = Clock::now(), last_ = begin_;
 };

@@ -93,7 +93,7 @@ int run_score(int argc, char** argv) {
   int64_t records = 0;
   double counted = 0, log_likelihood = 0;
   {
-    Progress progress("score", *source);
+    Progress progress("score");
     score(
         *backend, model, *source, how,
         [&](const Score& score) {
@@ -102,7 +102,8 @@ int run_score(int argc, char** argv) {
           log_likelihood += score.log_likelihood;
           if (!options.per_base) out.write(options.json ? json_line(score) : table_line(score));
         },
-        [&](const std::string& text) { out.write(text); }, [&](int64_t steps) { progress(steps); });
+        [&](const std::string& text) { out.write(text); },
+        [&](const Stream& stream) { progress(stream); });
   }
   out.close();
   const Score total{.counted = counted, .log_likelihood = log_likelihood};

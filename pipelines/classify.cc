@@ -105,7 +105,7 @@ void check_classifier(const Config& config, const std::string& where) {
 
 void classify(Backend& backend, const Model& model, Source& source, const ClassifyOptions& options,
               const std::function<void(const Answer&)>& emit,
-              const std::function<void(int64_t)>& progress) {
+              const std::function<void(const Stream&)>& progress) {
   const auto classes = static_cast<int64_t>(model.config.labels.size());
   StreamOptions stream_options = options.stream;
   if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
@@ -134,7 +134,7 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
       }
     }
     while (stream.pop(unit)) average.add(unit);
-    if (progress) progress(stream.steps());
+    if (progress) progress(stream);
   }
   average.flush();
 }

@@ -38,10 +38,9 @@ double unknown_threshold(const Config& config, int64_t length);
 // Throws where the model is no classifier or reads no DNA; `where` names it.
 void check_classifier(const Config& config, const std::string& where);
 
-// Answers in input order. `progress`, if given, is called after every batch with the steps done so
-// far.
+// Answers in input order. `progress`, if given, is called after every batch.
 void classify(Backend& backend, const Model& model, Source& source, const ClassifyOptions& options,
               const std::function<void(const Answer&)>& emit,
-              const std::function<void(int64_t)>& progress = {});
+              const std::function<void(const Stream&)>& progress = {});
 
 }  // namespace coil

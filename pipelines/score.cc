@@ -30,7 +30,7 @@ void check_language_model(const Config& config, const std::string& where) {
 void score(Backend& backend, const Model& model, Source& source, const ScoreOptions& options,
            const std::function<void(const Score&)>& emit,
            const std::function<void(const std::string&)>& per_base,
-           const std::function<void(int64_t)>& progress) {
+           const std::function<void(const Stream&)>& progress) {
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
   if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
@@ -82,7 +82,7 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
             .counted = unit.values[1] / unit.strands,
             .log_likelihood = 0 - unit.values[0] / unit.strands});
     }
-    if (progress) progress(stream.steps());
+    if (progress) progress(stream);
   }
 }
 

@@ -34,6 +34,6 @@ void check_language_model(const Config& config, const std::string& where);
 void score(Backend& backend, const Model& model, Source& source, const ScoreOptions& options,
            const std::function<void(const Score&)>& emit,
            const std::function<void(const std::string&)>& per_base = {},
-           const std::function<void(int64_t)>& progress = {});
+           const std::function<void(const Stream&)>& progress = {});
 
 }  // namespace coil

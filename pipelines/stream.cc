@@ -65,6 +65,7 @@ Stream::Unit& Stream::begin_unit(const Segment& segment) {
 void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
   const auto length = static_cast<int64_t>(codes.size());
   unit.end = unit.begin + length;
+  promised_ += length * unit.strands;
   for (const bool reverse : {false, true}) {
     if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
     auto sequence = std::make_unique<Sequence>();
@@ -159,6 +160,7 @@ bool Stream::read() {
   }
   COIL_ASSERT(open_);
   open_length_ += static_cast<int64_t>(segment.codes.size());
+  promised_ += static_cast<int64_t>(segment.codes.size()) * open_->strands;
   if (open_->spill) open_->spill->append(segment.codes);
   if (open_forward_) {
     std::vector<uint8_t>& codes = open_forward_->codes;
@@ -241,6 +243,11 @@ bool Stream::next(Batch& batch) {
                 [](const auto& sequence) { return sequence->position == sequence->length; });
   COIL_ASSERT(!batch.pieces.empty() || exhausted_);
   return !batch.pieces.empty();
+}
+
+double Stream::fraction() const {
+  const double read = source_.fraction();
+  return read < 0 || promised_ == 0 ? -1 : read * static_cast<double>(steps_) / promised_;
 }
 
 bool Stream::pop(Unit& unit) {

@@ -76,6 +76,8 @@ class Stream {
   Unit* front() { return units_.empty() ? nullptr : &units_.front(); }
   int32_t slots() const { return slots_; }  // rows of the State that the batches refer to
   int64_t steps() const { return steps_; }  // handed out so far
+  // Share of the whole input computed, 0 … 1, as far as it can be told; negative where it cannot.
+  double fraction() const;
 
  private:
   struct Sequence;
@@ -89,7 +91,7 @@ class Stream {
   Source& source_;
   StreamOptions options_;
   int32_t slots_ = 0;
-  int64_t steps_ = 0;
+  int64_t steps_ = 0, promised_ = 0;  // handed out; of all that was read
   bool exhausted_ = false;
   std::deque<Unit> units_;                         // in input order
   std::vector<std::unique_ptr<Sequence>> active_;  // in order of their begin

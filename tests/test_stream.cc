@@ -112,6 +112,7 @@ TEST(Stream, BatchIsFilledWhileThereIsInput) {
   }
   EXPECT_EQ(short_batches, rows % 1024 != 0);
   EXPECT_EQ(stream.steps(), rows);
+  EXPECT_LT(stream.fraction(), 0);  // the source cannot tell
 }
 
 TEST(Stream, AnswersWaitForThoseBeforeThemInABoundedWindow) {
