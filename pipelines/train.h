@@ -26,7 +26,7 @@ struct TrainOptions {
   int64_t d = 128, layers = 4, n = 16;
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs
-  double epochs = 10;
+  double epochs = 6;
   int64_t batch_tokens = 8192;  // a batch holds sequences up to this many tokens
   double lr = 4e-3, min_lr = 0.05 /* of lr, end of the cosine */, warmup = 0.05 /* of all steps */;
   double weight_decay = 0.1, clip = 1.0;
