@@ -7,12 +7,11 @@
 // serves backward too.
 //
 // Measured, best of 100 calls, c 512, w 4, t 512, one thread: forward 0.11 ms, 19 cycles a vector
-// and step (20 operations on two ports are 10), backward 0.23 ms; a block's rows come from L2 and
+// and step (20 operations on two ports are 10), backward 0.20 ms; a block's rows come from L2 and
 // L3. (2 cores, AVX-512 Xeon (Emerald Rapids class, no AMX), 2026-11-22)
 #include <omp.h>
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "kernels/cpu/cpu_backend.h"
@@ -26,13 +25,6 @@
 // after foreach_target.h
 #include "kernels/cpu/simd_math.h"
 
-#ifndef COIL_CONV1D_ONCE
-#define COIL_CONV1D_ONCE
-namespace coil {
-constexpr int kMostTaps = 8;
-}
-#endif  // COIL_CONV1D_ONCE
-
 HWY_BEFORE_NAMESPACE();
 namespace coil {
 namespace HWY_NAMESPACE {
@@ -42,39 +34,25 @@ using FloatTag = hn::ScalableTag<float>;
 using V = hn::Vec<FloatTag>;
 constexpr FloatTag d;
 constexpr int64_t kLanes = hn::MaxLanes(FloatTag());
-// A block of channels goes on for so many steps, then the next one does: rows stay in cache.
-constexpr int64_t kSteps = 64;
+constexpr int64_t kSteps =
+    64;  // a block of channels goes on for so many, then the next one: rows stay in cache
 
 int64_t lanes() { return kLanes; }
-
-// The functions below are compiled for 4 taps, the usual number, and for kAnyTaps, up to kMostTaps.
-constexpr int kAnyTaps = 0;
-template <int kTaps>
-constexpr int kRoom = kTaps == kAnyTaps ? kMostTaps : kTaps;
-// A constant in its type where it is one, so that the loops over taps unroll early enough for
-// registers.
-template <int kTaps>
-HWY_INLINE auto taps_of(const View& weight) {
-  if constexpr (kTaps == kAnyTaps)
-    return static_cast<int>(weight.cols());
-  else
-    return std::integral_constant<int, kTaps>();
-}
 
 // weight[k] of one block of channels; 0 past `valid`.
 template <int kTaps>
 HWY_INLINE void load_taps(const View& weight, int64_t channel, int64_t valid, V* taps) {
-  const auto w = taps_of<kTaps>(weight);
   if constexpr (kTaps == 4) {  // the usual case, which decoding would spend most of its time on
     if (valid == kLanes && weight.stride[0] == 4) {
       hn::LoadInterleaved4(d, weight.row<float>(channel), taps[0], taps[1], taps[2], taps[3]);
       return;
     }
   }
-  HWY_ALIGN float column[kRoom<kTaps> * kLanes] = {};
+  HWY_ALIGN float column[kTaps * kLanes] = {};
   for (int64_t lane = 0; lane < valid; ++lane)
-    for (int k = 0; k < w; ++k) column[k * kLanes + lane] = weight.row<float>(channel + lane)[k];
-  for (int k = 0; k < w; ++k) taps[k] = hn::Load(d, column + k * kLanes);
+    for (int k = 0; k < kTaps; ++k)
+      column[k * kLanes + lane] = weight.row<float>(channel + lane)[k];
+  for (int k = 0; k < kTaps; ++k) taps[k] = hn::Load(d, column + k * kLanes);
 }
 
 HWY_INLINE float* state_row(const View& state, int32_t slot, int64_t row, int64_t channel) {
@@ -84,7 +62,7 @@ HWY_INLINE float* state_row(const View& state, int32_t slot, int64_t row, int64_
 template <int kTaps>
 void conv_cell(const Conv1d& op, const Cell& cell, float* scratch) {
   const FlushDenormals flush;
-  const auto w = taps_of<kTaps>(op.weight);
+  constexpr int kKept = kTaps - 1;  // inputs that are remembered
   for (int64_t p = cell.first_piece; p < cell.end_piece; ++p) {
     const Piece& piece = op.rows->pieces()[p];
     const Track x(op.x, piece, op.reverse), y(op.y, piece, op.reverse);
@@ -92,28 +70,28 @@ void conv_cell(const Conv1d& op, const Cell& cell, float* scratch) {
       const int64_t end = std::min(first + kSteps, piece.length);
       for (int64_t channel = cell.first_channel; channel < cell.end_channel; channel += kLanes) {
         const int64_t valid = std::min(kLanes, cell.end_channel - channel);
-        float* const carried = scratch + (channel - cell.first_channel) * (w - 1);
-        V taps[kRoom<kTaps>], kept[kRoom<kTaps>];
+        float* const carried = scratch + (channel - cell.first_channel) * kKept;
+        V taps[kTaps], kept[kTaps];
         load_taps<kTaps>(op.weight, channel, valid, taps);
         const V bias = op.bias ? load_part(d, op.bias.as<float>() + channel, valid) : hn::Zero(d);
-        for (int k = 0; k < w - 1; ++k)
+        for (int k = 0; k < kKept; ++k)
           kept[k] = first > 0 ? hn::Load(d, carried + k * kLanes)
                     : piece.from >= 0
                         ? load_part(d, state_row(op.state, piece.from, k, channel), valid)
                         : hn::Zero(d);
         for (int64_t s = first; s < end; ++s) {
-          kept[w - 1] = load_part(d, x.at(s) + channel, valid);
+          kept[kKept] = load_part(d, x.at(s) + channel, valid);
           V sum = bias;
 #pragma GCC unroll 8
-          for (int k = 0; k < w; ++k) sum = hn::MulAdd(taps[k], kept[k], sum);
+          for (int k = 0; k < kTaps; ++k) sum = hn::MulAdd(taps[k], kept[k], sum);
 #pragma GCC unroll 8
-          for (int k = 0; k < w - 1; ++k) kept[k] = kept[k + 1];
+          for (int k = 0; k < kKept; ++k) kept[k] = kept[k + 1];
           if (op.silu) sum = hn::Mul(sum, sigmoid(d, sum));
           store_part(d, sum, y.at(s) + channel, valid);
         }
-        for (int k = 0; k < w - 1; ++k) hn::Store(kept[k], d, carried + k * kLanes);
+        for (int k = 0; k < kKept; ++k) hn::Store(kept[k], d, carried + k * kLanes);
         if (end == piece.length && piece.to >= 0)
-          for (int k = 0; k < w - 1; ++k)
+          for (int k = 0; k < kKept; ++k)
             store_part(d, kept[k], state_row(op.state, piece.to, k, channel), valid);
       }
     }
@@ -121,12 +99,12 @@ void conv_cell(const Conv1d& op, const Cell& cell, float* scratch) {
 }
 
 // Of one block of channels, between its blocks of steps.
-template <int kRoom>
+template <int kTaps>
 struct Carried {
-  V kept[kRoom];  // the last w - 1 inputs
-  V open[kRoom];  // gradients so far of those inputs; of steps before the piece: of the state read
-  V dfinal[kRoom];  // gradient of the state written; read before dstate is, as `from` may be `to`
-  V dtaps[kRoom], dbias;
+  V kept[kTaps];  // the last w - 1 inputs
+  V open[kTaps];  // gradients so far of those inputs; of steps before the piece: of the state read
+  V dfinal[kTaps];  // gradient of the state written; read before dstate is, as `from` may be `to`
+  V dtaps[kTaps + 1];  // dweight | dbias
 };
 
 // params (e, w + 1): this piece group's share of dweight | dbias. Sums are kept by blocks of steps
@@ -135,14 +113,12 @@ template <int kTaps>
 void conv_backward_cell(const Conv1dBackward& op, const Cell& cell, const uint8_t* first_reader,
                         float* scratch, float* params) {
   const FlushDenormals flush;
-  const auto w = taps_of<kTaps>(op.weight);
+  constexpr int kKept = kTaps - 1;
   const V one = hn::Set(d, 1.0f);
   const int64_t blocks = (cell.end_channel - cell.first_channel + kLanes - 1) / kLanes;
-  auto* const all = reinterpret_cast<Carried<kRoom<kTaps>>*>(scratch);
-  for (int64_t b = 0; b < blocks; ++b) {
+  auto* const all = reinterpret_cast<Carried<kTaps>*>(scratch);
+  for (int64_t b = 0; b < blocks; ++b)
     for (V& sum : all[b].dtaps) sum = hn::Zero(d);
-    all[b].dbias = hn::Zero(d);
-  }
   for (int64_t p = cell.first_piece; p < cell.end_piece; ++p) {
     const Piece& piece = op.rows->pieces()[p];
     const Track x(op.x, piece, op.reverse), dy(op.dy, piece, op.reverse),
@@ -152,13 +128,12 @@ void conv_backward_cell(const Conv1dBackward& op, const Cell& cell, const uint8_
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t channel = cell.first_channel + b * kLanes;
         const int64_t valid = std::min(kLanes, cell.end_channel - channel);
-        Carried<kRoom<kTaps>>& carried = all[b];
-        V taps[kRoom<kTaps>], kept[kRoom<kTaps>], open[kRoom<kTaps>], dtaps[kRoom<kTaps>],
-            dbias = hn::Zero(d);
+        Carried<kTaps>& carried = all[b];
+        V taps[kTaps], kept[kTaps], open[kTaps], dtaps[kTaps], dbias = hn::Zero(d);
         load_taps<kTaps>(op.weight, channel, valid, taps);
         const V bias = op.bias ? load_part(d, op.bias.as<float>() + channel, valid) : hn::Zero(d);
-        for (int k = 0; k < w; ++k) dtaps[k] = hn::Zero(d);
-        for (int k = 0; k < w - 1; ++k) {
+        for (int k = 0; k < kTaps; ++k) dtaps[k] = hn::Zero(d);
+        for (int k = 0; k < kKept; ++k) {
           if (first == 0) {
             carried.kept[k] = piece.from >= 0
                                   ? load_part(d, state_row(op.state, piece.from, k, channel), valid)
@@ -176,43 +151,43 @@ void conv_backward_cell(const Conv1dBackward& op, const Cell& cell, const uint8_
           if (step >= 0) {
             store_part(d, gradient, dx.at(step) + channel, valid);
           } else if (op.dstate && piece.from >= 0) {
-            float* const to = state_row(op.dstate, piece.from, step + w - 1, channel);
+            float* const to = state_row(op.dstate, piece.from, step + kKept, channel);
             if (!first_reader[p]) gradient = hn::Add(gradient, load_part(d, to, valid));
             store_part(d, gradient, to, valid);
           }
         };
         for (int64_t s = first; s < end; ++s) {
-          kept[w - 1] = load_part(d, x.at(s) + channel, valid);
-          open[w - 1] = hn::Zero(d);
+          kept[kKept] = load_part(d, x.at(s) + channel, valid);
+          open[kKept] = hn::Zero(d);
           V gradient = load_part(d, dy.at(s) + channel, valid);
           if (op.silu) {
             V sum = bias;
 #pragma GCC unroll 8
-            for (int k = 0; k < w; ++k) sum = hn::MulAdd(taps[k], kept[k], sum);
+            for (int k = 0; k < kTaps; ++k) sum = hn::MulAdd(taps[k], kept[k], sum);
             const V part = sigmoid(d, sum);  // silu' = sigmoid + silu (1 - sigmoid)
             gradient = hn::Mul(gradient, hn::MulAdd(hn::Mul(sum, part), hn::Sub(one, part), part));
           }
           dbias = hn::Add(dbias, gradient);
 #pragma GCC unroll 8
-          for (int k = 0; k < w; ++k) {
+          for (int k = 0; k < kTaps; ++k) {
             dtaps[k] = hn::MulAdd(gradient, kept[k], dtaps[k]);
             open[k] = hn::MulAdd(gradient, taps[k], open[k]);
           }
-          close(open[0], s - w + 1);
+          close(open[0], s - kKept);
 #pragma GCC unroll 8
-          for (int k = 0; k < w - 1; ++k) {
+          for (int k = 0; k < kKept; ++k) {
             kept[k] = kept[k + 1];
             open[k] = open[k + 1];
           }
         }
-        for (int k = 0; k < w - 1; ++k) {
+        for (int k = 0; k < kKept; ++k) {
           carried.kept[k] = kept[k];
           carried.open[k] = open[k];
           if (end == piece.length)
-            close(hn::Add(open[k], carried.dfinal[k]), piece.length - w + 1 + k);
+            close(hn::Add(open[k], carried.dfinal[k]), piece.length - kKept + k);
         }
-        for (int k = 0; k < w; ++k) carried.dtaps[k] = hn::Add(carried.dtaps[k], dtaps[k]);
-        carried.dbias = hn::Add(carried.dbias, dbias);
+        for (int k = 0; k < kTaps; ++k) carried.dtaps[k] = hn::Add(carried.dtaps[k], dtaps[k]);
+        carried.dtaps[kTaps] = hn::Add(carried.dtaps[kTaps], dbias);
       }
     }
   }
@@ -220,23 +195,27 @@ void conv_backward_cell(const Conv1dBackward& op, const Cell& cell, const uint8_
   for (int64_t channel = cell.first_channel; channel < cell.end_channel; ++channel) {
     const int64_t b = (channel - cell.first_channel) / kLanes,
                   lane = (channel - cell.first_channel) % kLanes;
-    float* const to = params + channel * (w + 1);
-    for (int k = 0; k < w; ++k) {
+    for (int k = 0; k <= kTaps; ++k) {
       hn::Store(all[b].dtaps[k], d, sums);
-      to[k] = sums[lane];
+      params[channel * (kTaps + 1) + k] = sums[lane];
     }
-    hn::Store(all[b].dbias, d, sums);
-    to[w] = sums[lane];
   }
 }
 
-void forward_cell(const Conv1d& op, const Cell& cell, float* scratch) {
-  (op.weight.cols() == 4 ? conv_cell<4> : conv_cell<kAnyTaps>)(op, cell, scratch);
+// The cell functions by number of taps, 1 to kMostTaps.
+using ForwardCell = void (*)(const Conv1d&, const Cell&, float*);
+using BackwardCell = void (*)(const Conv1dBackward&, const Cell&, const uint8_t*, float*, float*);
+
+ForwardCell forward_cell(int64_t taps) {
+  constexpr ForwardCell cells[] = {conv_cell<1>, conv_cell<2>, conv_cell<3>, conv_cell<4>,
+                                   conv_cell<5>, conv_cell<6>, conv_cell<7>, conv_cell<8>};
+  return cells[taps - 1];
 }
-void backward_cell(const Conv1dBackward& op, const Cell& cell, const uint8_t* first_reader,
-                   float* scratch, float* params) {
-  (op.weight.cols() == 4 ? conv_backward_cell<4>
-                         : conv_backward_cell<kAnyTaps>)(op, cell, first_reader, scratch, params);
+BackwardCell backward_cell(int64_t taps) {
+  constexpr BackwardCell cells[] = {
+      conv_backward_cell<1>, conv_backward_cell<2>, conv_backward_cell<3>, conv_backward_cell<4>,
+      conv_backward_cell<5>, conv_backward_cell<6>, conv_backward_cell<7>, conv_backward_cell<8>};
+  return cells[taps - 1];
 }
 
 }  // namespace
@@ -253,6 +232,7 @@ HWY_EXPORT(backward_cell);
 
 namespace {
 
+constexpr int64_t kMostTaps = 8;
 constexpr int64_t kParallelWork = 32 << 10;  // channels x steps from which threads pay
 
 template <class Op>
@@ -294,7 +274,7 @@ void CpuBackend::run(const Conv1d& op) {
   const Grid grid = make_grid(*op.rows, c, width, parallel ? 4 * threads_ : 1);
   const int64_t size = (grid.most_channels + width - 1) / width * width * w;
   const Tensor scratch(*this, DType::f32, {parallel ? threads_ : 1, size});
-  const auto convolve = HWY_DYNAMIC_DISPATCH(forward_cell);
+  const auto convolve = HWY_DYNAMIC_DISPATCH(forward_cell)(w);
   const int64_t cells = grid.cells.size();
 #pragma omp parallel for schedule(dynamic) num_threads(threads_) if (parallel)
   for (int64_t i = 0; i < cells; ++i)
@@ -323,9 +303,9 @@ void CpuBackend::run(const Conv1dBackward& op) {
   const int64_t width = HWY_DYNAMIC_DISPATCH(lanes)();
   const Grid grid = make_grid(*op.rows, c, width, parallel ? threads_ : 1, !(shared && op.dstate));
   const Tensor params(*this, DType::f32, {grid.piece_groups, c, w + 1});
-  const int64_t size = (grid.most_channels + width - 1) / width * width *
-                       (4 * (w == 4 ? w : kMostTaps) + 1);  // of Carried
-  const auto convolve = HWY_DYNAMIC_DISPATCH(backward_cell);
+  const int64_t size =
+      (grid.most_channels + width - 1) / width * width * (4 * w + 1);  // of Carried
+  const auto convolve = HWY_DYNAMIC_DISPATCH(backward_cell)(w);
   const int64_t cells = grid.cells.size();
   const Tensor scratch(*this, DType::f32, {cells, size});
 #pragma omp parallel for schedule(static, 1) num_threads(threads_) if (parallel)
