@@ -5,9 +5,27 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
+#include "pipelines/workers.h"
 
 namespace coil {
 namespace {
+
+// Of the sequences that end in a batch.
+std::vector<float> logits_of(Backend& backend, const Model& model, Stream::Batch& batch,
+                             State& state) {
+  const Rows rows(backend, batch.pieces);
+  Tensor ids(backend, DType::i32, {rows.total()});  // (t)
+  backend.copy(host_view(batch.ids.data(), DType::i32, {rows.total()}), ids);
+  const Tensor h = hidden(backend, model, ids, rows, &state);           // (t, d)
+  const Tensor logits = class_logits(backend, model, h, rows, &state);  // (m, classes)
+  const auto classes = static_cast<int64_t>(model.config.labels.size());
+  std::vector<float> host(rows.finished() * classes);
+  if (!host.empty()) {
+    backend.copy(logits, host_view(host.data(), DType::f32, {rows.finished(), classes}));
+  }
+  backend.sync();
+  return host;
+}
 
 // values += softmax(logits)
 void add_softmax(const float* logits, std::vector<double>& values) {
@@ -109,27 +127,22 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
   const auto classes = static_cast<int64_t>(model.config.labels.size());
   StreamOptions stream_options = options.stream;
   if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
-  Stream stream(source, stream_options);
+  Workers workers(backend);
+  Stream stream(source, stream_options, workers.count());
   State state(backend, model.config, stream.slots());
   Average average(model.config, options, emit);
-  Stream::Batch batch;
+  std::vector<Stream::Batch> batches(workers.count());
+  std::vector<std::vector<float>> logits(batches.size());  // each (m, classes)
   Stream::Unit unit;
-  std::vector<float> host;
-  while (stream.next(batch)) {
-    const Rows rows(backend, batch.pieces);
-    Tensor ids(backend, DType::i32, {rows.total()});  // (t)
-    backend.copy(host_view(batch.ids.data(), DType::i32, {rows.total()}), ids);
-    const Tensor h = hidden(backend, model, ids, rows, &state);           // (t, d)
-    const Tensor logits = class_logits(backend, model, h, rows, &state);  // (m, classes)
-    if (rows.finished() > 0) {
-      host.resize(rows.finished() * classes);
-      backend.copy(logits, host_view(host.data(), DType::f32, {rows.finished(), classes}));
-      backend.sync();
-      const float* row = host.data();
-      for (size_t i = 0; i < batch.pieces.size(); i++) {
-        if (!batch.pieces[i].last) continue;
-        batch.units[i]->values.resize(classes);
-        add_softmax(row, batch.units[i]->values);
+  while (const int filled = stream.next(batches)) {
+    workers.run(filled,
+                [&](int i, Backend& own) { logits[i] = logits_of(own, model, batches[i], state); });
+    for (int b = 0; b < filled; b++) {
+      const float* row = logits[b].data();
+      for (size_t i = 0; i < batches[b].pieces.size(); i++) {
+        if (!batches[b].pieces[i].last) continue;
+        batches[b].units[i]->values.resize(classes);
+        add_softmax(row, batches[b].units[i]->values);
         row += classes;
       }
     }

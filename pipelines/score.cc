@@ -7,6 +7,7 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
+#include "pipelines/workers.h"
 
 namespace coil {
 
@@ -27,6 +28,47 @@ void check_language_model(const Config& config, const std::string& where) {
         config.vocab, dna::kN + 1);
 }
 
+namespace {
+
+// -log p of the base after each row, 0 where it is not counted. Leaves in batch.next the targets: 0
+// … 3, or -1.
+std::vector<float> losses_of(Backend& backend, const Model& model, Stream::Batch& batch,
+                             State& state) {
+  const Rows rows(backend, batch.pieces);
+  const int64_t t = rows.total();
+  Tensor ids(backend, DType::i32, {t}), targets(backend, DType::i32, {t});
+  backend.copy(host_view(batch.ids.data(), DType::i32, {t}), ids);
+  for (int32_t& code : batch.next) code = code >= dna::kA && code <= dna::kT ? code - dna::kA : -1;
+  backend.copy(host_view(batch.next.data(), DType::i32, {t}), targets);
+  const Tensor h = hidden(backend, model, ids, rows, &state);  // (t, d)
+  const Tensor logits = lm_logits(backend, model, h);          // (t, v)
+  Tensor loss(backend, DType::f32, {t});
+  backend.run(
+      CrossEntropy{.logits = logits.view().columns(dna::kA, 4), .targets = targets, .loss = loss});
+  std::vector<float> host(t);
+  backend.copy(loss, host_view(host.data(), DType::f32, {t}));
+  backend.sync();
+  return host;
+}
+
+// Adds piece i of a batch to its unit: nats and bases counted, and its lines of bedGraph.
+void add(const Stream::Batch& batch, size_t i, const std::vector<float>& nats, bool per_base) {
+  const Piece& piece = batch.pieces[i];
+  Stream::Unit& unit = *batch.units[i];
+  unit.values.resize(2);
+  for (int64_t row = piece.begin; row < piece.begin + piece.length; row++) {
+    if (batch.next[row] < 0) continue;
+    unit.values[0] += nats[row];
+    unit.values[1] += 1;
+    if (!per_base) continue;
+    const int64_t start = unit.begin + piece.position + (row - piece.begin) + 1;
+    fmt::format_to(std::back_inserter(unit.text), "{}\t{}\t{}\t{:.6g}\n", unit.name, start,
+                   start + 1, nats[row] / std::numbers::ln2);
+  }
+}
+
+}  // namespace
+
 void score(Backend& backend, const Model& model, Source& source, const ScoreOptions& options,
            const std::function<void(const Score&)>& emit,
            const std::function<void(const std::string&)>& per_base,
@@ -34,39 +76,18 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
   if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
-  Stream stream(source, stream_options);
+  Workers workers(backend);
+  Stream stream(source, stream_options, workers.count());
   State state(backend, model.config, stream.slots());
-  Stream::Batch batch;
+  std::vector<Stream::Batch> batches(workers.count());
+  std::vector<std::vector<float>> nats(batches.size());  // each (t)
   Stream::Unit unit;
-  std::vector<float> nats;
-  while (stream.next(batch)) {
-    const Rows rows(backend, batch.pieces);
-    const int64_t t = rows.total();
-    Tensor ids(backend, DType::i32, {t}), targets(backend, DType::i32, {t});
-    backend.copy(host_view(batch.ids.data(), DType::i32, {t}), ids);
-    for (int32_t& code : batch.next)
-      code = code >= dna::kA && code <= dna::kT ? code - dna::kA : -1;
-    backend.copy(host_view(batch.next.data(), DType::i32, {t}), targets);
-    const Tensor h = hidden(backend, model, ids, rows, &state);  // (t, d)
-    const Tensor logits = lm_logits(backend, model, h);          // (t, v)
-    Tensor loss(backend, DType::f32, {t});
-    backend.run(CrossEntropy{
-        .logits = logits.view().columns(dna::kA, 4), .targets = targets, .loss = loss});
-    nats.resize(t);
-    backend.copy(loss, host_view(nats.data(), DType::f32, {t}));
-    backend.sync();
-    for (size_t i = 0; i < batch.pieces.size(); i++) {
-      const Piece& piece = batch.pieces[i];
-      Stream::Unit& owner = *batch.units[i];
-      owner.values.resize(2);  // nats, counted
-      for (int64_t row = piece.begin; row < piece.begin + piece.length; row++) {
-        if (batch.next[row] < 0) continue;
-        owner.values[0] += nats[row];
-        owner.values[1] += 1;
-        if (!options.per_base) continue;
-        const int64_t start = owner.begin + piece.position + (row - piece.begin) + 1;
-        fmt::format_to(std::back_inserter(owner.text), "{}\t{}\t{}\t{:.6g}\n", owner.name, start,
-                       start + 1, nats[row] / std::numbers::ln2);
+  while (const int filled = stream.next(batches)) {
+    workers.run(filled,
+                [&](int i, Backend& own) { nats[i] = losses_of(own, model, batches[i], state); });
+    for (int b = 0; b < filled; b++) {
+      for (size_t i = 0; i < batches[b].pieces.size(); i++) {
+        add(batches[b], i, nats[b], options.per_base);
       }
     }
     // Text of records after the first unfinished one waits, so that the order is that of the input.

@@ -1,19 +1,20 @@
 // Records that stream in become ragged batches for a model, and answers come back in input order.
 //
-//   Stream stream(source, options);  Batch batch;  Unit unit;
-//   while (stream.next(batch)) { compute;  add to batch.units[i]->values;  while (stream.pop(unit))
-//   write; }
+//   Stream stream(source, options, k);  std::vector<Batch> batches(k);  Unit unit;
+//   while (int n = stream.next(batches)) {
+//     compute batches 0 … n-1;  add to batch.units[i]->values;  while (stream.pop(unit)) write; }
 //
 // A unit is what gets one answer: a record, or a window of one. It is read as one or two sequences
-// (strands). Each batch serves the open sequences in order of their begin, at most `chunk` steps of
-// each, until it holds `batch` rows; a long record moves on chunk by chunk with its state in a
-// slot, many short ones share a batch. What a batch holds is a function of input and options only,
-// never of time.
+// (strands). Each turn fills up to k batches of `batch` rows with the open sequences in order of
+// their begin, at most `chunk` steps of each: a long record moves on chunk by chunk with its state
+// in a slot, many short ones share a batch. What the batches hold is a function of input, options
+// and k only, never of time.
 //
-// Memory is bounded whatever the input: a record that comes in several segments is never held. Its
-// forward strand is read as it arrives, while a Spill keeps 2 bits a base; when it has ended its
-// reverse complement is read from there. A window is held whole, one byte a base. Answers wait for
-// those before them, at most kWindow of them.
+// Memory is bounded whatever the input: a record that comes in several segments is never held. For
+// its forward strand alone it is read as it arrives. For both strands, or the reverse one, a Spill
+// takes 2 bits a base, and the sequences begin when the record has ended, so that they are computed
+// side by side. A window is held whole, one byte a base. Answers wait for those before them, at
+// most kWindow of them.
 #pragma once
 
 #include <deque>
@@ -60,7 +61,7 @@ class Stream {
    private:
     friend class Stream;
     int pending = 0;               // sequences not yet at their end
-    std::unique_ptr<Spill> spill;  // of a record in several segments, for its reverse strand
+    std::unique_ptr<Spill> spill;  // of a record in several segments, unless only read forward
   };
   struct Batch {
     std::vector<Piece> pieces;
@@ -69,10 +70,13 @@ class Stream {
     std::vector<int32_t> next;  // per row: the code after it in its sequence, -1 at the end
   };
 
-  Stream(Source& source, const StreamOptions& options);  // batch and chunk resolved
+  Stream(Source& source, const StreamOptions& options, int parallel = 1);  // options.batch resolved
   ~Stream();
-  bool next(Batch& batch);  // false: all is read and computed
-  bool pop(Unit& unit);     // the next unit in input order, once its last piece was in a batch
+  // Fills batches from the first on and returns how many hold something; 0: all is read and
+  // computed. Batches of one turn share no sequence, so they can be computed at once, with one
+  // State.
+  int next(std::vector<Batch>& batches);
+  bool pop(Unit& unit);  // the next unit in input order, once its last piece was in a batch
   Unit* front() { return units_.empty() ? nullptr : &units_.front(); }
   int32_t slots() const { return slots_; }  // rows of the State that the batches refer to
   int64_t steps() const { return steps_; }  // handed out so far
@@ -87,6 +91,7 @@ class Stream {
   void hold(Unit& unit, std::vector<uint8_t> codes);
   void end_open();
   int64_t prepare(Sequence& sequence, int64_t want);
+  bool fill(Batch& batch, size_t& i);
 
   Source& source_;
   StreamOptions options_;

@@ -104,6 +104,24 @@ TEST(Classify, AloneIsAmongFiveHundredOthers) {
   }
 }
 
+TEST(Classify, AnyNumberOfThreadsAgrees) {
+  std::vector<Codes> records;
+  for (int i = 0; i < 60; i++) records.push_back(random_codes(i % 20 == 7 ? 9'000 : 10 + 7 * i, i));
+  std::vector<Answer> expected;
+  for (const int threads : {1, 2, 5}) {
+    const auto backend = make_cpu_backend(threads);
+    const Model model = small_model(*backend, small_config(Objective::classify));
+    Records source(records, 2000);
+    const auto answers = classify_all(*backend, model, source, {.stream = {.batch = 512}});
+    if (expected.empty()) expected = answers;
+    ASSERT_EQ(answers.size(), records.size());
+    for (size_t i = 0; i < answers.size(); i++) {
+      EXPECT_EQ(answers[i].name, expected[i].name);
+      expect_near(answers[i].probabilities, expected[i].probabilities, 1e-5, answers[i].name);
+    }
+  }
+}
+
 TEST(Classify, SameInputSameBits) {
   const auto backend = make_cpu_backend(2);
   const Model model = small_model(*backend, small_config(Objective::classify));

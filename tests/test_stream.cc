@@ -5,7 +5,9 @@
 #include <gtest/gtest.h>
 
 #include <map>
+#include <set>
 
+#include "pipelines/workers.h"
 #include "tests/records.h"
 
 namespace coil {
@@ -17,48 +19,58 @@ struct Read {
   std::map<std::pair<std::string, int64_t>, std::vector<Codes>> strands;  // by name and begin
 };
 
-Read read_all(Source& source, const StreamOptions& options) {
+Read read_all(Source& source, const StreamOptions& options, int parallel = 1) {
   Read read;
-  Stream stream(source, options);
-  Stream::Batch batch;
+  Stream stream(source, options, parallel);
+  std::vector<Stream::Batch> batches(parallel);
   Stream::Unit unit;
   const auto backend = make_cpu_backend(1);
   std::map<int32_t, int64_t> in_slot;  // steps that the state in a slot has seen
   std::map<int32_t, Codes> carried;
   std::map<int32_t, int32_t> follower;  // the code promised to come next
-  while (stream.next(batch)) {
-    const Rows rows(*backend, batch.pieces);  // throws where the pieces break a rule
-    EXPECT_LE(rows.total(), options.batch);
-    EXPECT_LE(rows.slots(), stream.slots());
-    EXPECT_EQ(rows.total(), static_cast<int64_t>(batch.ids.size()));
-    EXPECT_EQ(rows.total(), static_cast<int64_t>(batch.next.size()));
-    for (size_t i = 0; i < batch.pieces.size(); i++) {
-      const Piece& piece = batch.pieces[i];
-      if (options.chunk > 0) {
-        EXPECT_LE(piece.length, options.chunk);
-      }
-      Codes codes;
-      if (piece.from >= 0) {
-        codes = carried.at(piece.from);
-        EXPECT_EQ(follower.at(piece.from), batch.ids[piece.begin]);
-      }
-      EXPECT_EQ(static_cast<int64_t>(codes.size()), piece.position);
-      for (int64_t row = piece.begin; row < piece.begin + piece.length; row++) {
-        codes.push_back(static_cast<uint8_t>(batch.ids[row]));
-        if (row + 1 < piece.begin + piece.length) {
-          EXPECT_EQ(batch.next[row], batch.ids[row + 1]);
+  while (const int filled = stream.next(batches)) {
+    std::set<int32_t> slots;  // that batches of this turn touch
+    for (int b = 0; b < filled; b++) {
+      const Stream::Batch& batch = batches[b];
+      const Rows rows(*backend, batch.pieces);  // throws where the pieces break a rule
+      EXPECT_LE(rows.total(), options.batch);
+      EXPECT_LE(rows.slots(), stream.slots());
+      EXPECT_EQ(rows.total(), static_cast<int64_t>(batch.ids.size()));
+      EXPECT_EQ(rows.total(), static_cast<int64_t>(batch.next.size()));
+      for (size_t i = 0; i < batch.pieces.size(); i++) {
+        const Piece& piece = batch.pieces[i];
+        if (piece.from >= 0) {
+          EXPECT_TRUE(slots.insert(piece.from).second);
         }
-      }
-      const int32_t next = batch.next[piece.begin + piece.length - 1];
-      if (piece.last) {
-        EXPECT_EQ(next, -1);
-        EXPECT_EQ(piece.to, -1);
-        const Stream::Unit& owner = *batch.units[i];
-        read.strands[{owner.name, owner.begin}].push_back(std::move(codes));
-      } else {
-        EXPECT_GE(piece.to, 0);
-        follower[piece.to] = next;
-        carried[piece.to] = std::move(codes);
+        if (piece.to >= 0 && piece.to != piece.from) {
+          EXPECT_TRUE(slots.insert(piece.to).second);
+        }
+        if (options.chunk > 0) {
+          EXPECT_LE(piece.length, options.chunk);
+        }
+        Codes codes;
+        if (piece.from >= 0) {
+          codes = carried.at(piece.from);
+          EXPECT_EQ(follower.at(piece.from), batch.ids[piece.begin]);
+        }
+        EXPECT_EQ(static_cast<int64_t>(codes.size()), piece.position);
+        for (int64_t row = piece.begin; row < piece.begin + piece.length; row++) {
+          codes.push_back(static_cast<uint8_t>(batch.ids[row]));
+          if (row + 1 < piece.begin + piece.length) {
+            EXPECT_EQ(batch.next[row], batch.ids[row + 1]);
+          }
+        }
+        const int32_t next = batch.next[piece.begin + piece.length - 1];
+        if (piece.last) {
+          EXPECT_EQ(next, -1);
+          EXPECT_EQ(piece.to, -1);
+          const Stream::Unit& owner = *batch.units[i];
+          read.strands[{owner.name, owner.begin}].push_back(std::move(codes));
+        } else {
+          EXPECT_GE(piece.to, 0);
+          follower[piece.to] = next;
+          carried[piece.to] = std::move(codes);
+        }
       }
     }
     while (stream.pop(unit)) read.units.push_back(std::move(unit));
@@ -76,7 +88,9 @@ TEST(Stream, HandsOutEveryCodeOfBothStrandsInOrder) {
       for (const auto& [batch, chunk] :
            {std::pair{1, 1}, {7, 7}, {64, 5}, {512, 512}, {512, 1}, {100'000, 100'000}}) {
         Records source(records, run);
-        const Read read = read_all(source, {.strands = strands, .batch = batch, .chunk = chunk});
+        const int parallel = 1 + static_cast<int>(batch) % 3;
+        const Read read =
+            read_all(source, {.strands = strands, .batch = batch, .chunk = chunk}, parallel);
         ASSERT_EQ(read.units.size(), records.size());
         for (size_t i = 0; i < records.size(); i++) {
           const Stream::Unit& unit = read.units[i];
@@ -101,10 +115,11 @@ TEST(Stream, BatchIsFilledWhileThereIsInput) {
   for (int i = 0; i < 1000; i++) records.push_back(random_codes(1 + i % 150, i));
   Records source(records);
   Stream stream(source, {.batch = 1024});
-  Stream::Batch batch;
+  std::vector<Stream::Batch> batches(1);
   Stream::Unit unit;
   int64_t rows = 0, short_batches = 0;
-  while (stream.next(batch)) {
+  while (stream.next(batches)) {
+    const Stream::Batch& batch = batches[0];
     rows += static_cast<int64_t>(batch.ids.size());
     short_batches += batch.ids.size() < 1024;
     while (stream.pop(unit)) {
@@ -121,15 +136,93 @@ TEST(Stream, AnswersWaitForThoseBeforeThemInABoundedWindow) {
   for (int i = 0; i < 9000; i++) records.push_back(random_codes(2, i));
   Records source(records);
   Stream stream(source, {.strands = Strands::forward, .batch = 64, .chunk = 3});
-  Stream::Batch batch;
+  std::vector<Stream::Batch> batches(1);
   Stream::Unit unit;
   int64_t expected = 0, begun = 0;
-  while (stream.next(batch)) {
+  while (stream.next(batches)) {
+    const Stream::Batch& batch = batches[0];
     for (const Piece& piece : batch.pieces) begun += piece.position == 0;
     EXPECT_LE(begun - expected, Stream::kWindow);
     while (stream.pop(unit)) EXPECT_EQ(unit.record, expected++);
   }
   EXPECT_EQ(expected, 9001);
+}
+
+// A long record of which every code taken is counted.
+class Endless final : public Source {
+ public:
+  bool next(Segment& segment) override {
+    segment =
+        Segment{.position = taken, .first = taken == 0, .name = "long", .codes = Codes(1000, 1)};
+    taken += 1000;
+    return true;
+  }
+  int64_t taken = 0;
+};
+
+TEST(Stream, AForwardStrandIsReadNoFasterThanItIsComputed) {
+  for (const int64_t chunk : {1, 100, 1000}) {
+    Endless source;
+    Stream stream(source, {.strands = Strands::forward, .batch = 1000, .chunk = chunk}, 2);
+    std::vector<Stream::Batch> batches(2);
+    for (int turn = 0; turn < 50; turn++) {
+      ASSERT_EQ(stream.next(batches), 1);
+      EXPECT_EQ(static_cast<int64_t>(batches[0].ids.size()), chunk);
+      EXPECT_LE(source.taken - stream.steps(), 2000);
+    }
+  }
+}
+
+TEST(Stream, TheStrandsOfALongRecordAreSideBySide) {
+  Records source({random_codes(10'000, 1), random_codes(10'000, 2)}, 999);
+  Stream stream(source, {.batch = 500}, 2);
+  std::vector<Stream::Batch> batches(2);
+  for (int turn = 0; turn < 40; turn++) {
+    ASSERT_EQ(stream.next(batches), 2);
+    for (const Stream::Batch& batch : batches) {
+      ASSERT_EQ(batch.pieces.size(), 1u);
+      EXPECT_EQ(batch.units[0]->record, turn / 20);
+      EXPECT_EQ(batch.pieces[0].position, turn % 20 * 500);
+    }
+    EXPECT_EQ(batches[0].units[0], batches[1].units[0]);
+    Stream::Unit unit;
+    while (stream.pop(unit)) {
+    }
+  }
+  EXPECT_EQ(stream.next(batches), 0);
+}
+
+TEST(Workers, EachIsCalledOnceWithItsShareOfTheThreads) {
+  const auto backend = make_cpu_backend(5);
+  Workers workers(*backend);
+  ASSERT_EQ(workers.count(), 5);
+  for (int round = 0; round < 200; round++) {
+    const int n = 1 + round % 5;
+    std::vector<int> calls(5), threads(5);
+    workers.run(n, [&](int i, Backend& own) {
+      calls[i] += 1;
+      threads[i] = own.threads();
+    });
+    for (int i = 0; i < 5; i++) {
+      EXPECT_EQ(calls[i], i < n);
+      EXPECT_EQ(threads[i], i < n ? 5 / n : 0);
+    }
+  }
+}
+
+TEST(Workers, ErrorsOfAnyOfThemAreThrownAfterAllAreDone) {
+  const auto backend = make_cpu_backend(3);
+  Workers workers(*backend);
+  for (const int bad : {0, 1, 2}) {
+    std::vector<int> calls(3);
+    const auto work = [&](int i, Backend&) {
+      calls[i] += 1;
+      check(i != bad, "worker {}", i);
+    };
+    EXPECT_THROW(workers.run(3, work), Error);
+    EXPECT_EQ(calls, std::vector<int>(3, 1));
+  }
+  EXPECT_NO_THROW(workers.run(3, [](int, Backend&) {}));
 }
 
 TEST(Stream, WindowsOfARecord) {
