@@ -231,7 +231,7 @@ inline void OpCases::add_sequence() {
     A_log.as<float>()[i] = static_cast<float>(std::log(1. + static_cast<double>(i % n)));
   View h, dh;
   if (slots > 0) h = values({slots, e, n}), dh = values({slots, e, n});
-  const View checkpoints = values({scan_checkpoints(rows_), e, n});
+  const View checkpoints = values({scan_checkpoints(backend_, rows_), e, n});
   const SelectiveScan scan{.x = u,
                            .dt = dt,
                            .A_log = A_log,

@@ -14,8 +14,12 @@
 //   * NaN in gives NaN out and never hangs. Same input, device and thread count: same bits. No
 //   float atomics.
 //   * A View that may be left out is marked optional; all others are required.
-//   * CPU: activations, gradients and state are f32; matrices (`gemm` b, `embed` table) are f32 or
-//   bf16.
+//   * Types. CPU: activations, gradients and state are f32; matrices (`gemm` b, `embed` table) are
+//   f32 or bf16. CUDA: matrices and activations alike are f32 or bf16, one type throughout an op;
+//   where a comment says f32 for such an operand, read activation type. Always f32: the residual
+//   stream (embed y, norm residual and residual_out and its gradients), state, checkpoints, A_log,
+//   D, dt_bias, conv weights, norm weights, biases, rstd, loss, pooled rows and parameter
+//   gradients. Backend::activations says which type activations have.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +31,7 @@ namespace coil {
 
 // c(m,n) = alpha * op(a) * op(b) + beta * c + bias(n). op is the transpose where ta / tb.
 // a (m,k) or (k,m) f32; b (k,n) or (n,k) f32 or bf16; c f32. Any of them may be a column view.
+// CUDA: a and b both f32 or both bf16; c f32, or bf16 where they are.
 struct Gemm {
   View a, b, c;
   View bias;  // optional (n) f32
@@ -66,6 +71,7 @@ struct NormBackward {
   View dresidual;  // optional (t,d): gradient arriving at residual_out from further up, added to dx
   View dx;         // (t,d): gradient of x and of residual alike; may be dy or dresidual
   View dweight;    // optional (d) +=
+  View dx_act;     // optional (t,d), activation type: dx once more, for the products that read it
   float eps = 1e-5f;
 };
 
@@ -98,10 +104,10 @@ struct Conv1dBackward {
 // + dt_bias):
 //   h[i] = exp(delta * A[c,i]) * h[i] + delta * x * B[i],   A = -exp(A_log)
 //   y    = sum_i C[i] * h[i] + D[c] * x,    then y *= silu(z) where z is given
-// checkpoints, for backward: h before steps 0, kScanBlock, 2*kScanBlock, … of each piece, in order
-// of pieces; (scan_checkpoints(rows), e, n) f32, layout private to the backend.
-constexpr int64_t kScanBlock = 32;
-int64_t scan_checkpoints(const Rows& rows);  // sum over pieces of ceil(length / kScanBlock)
+// checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = Backend::scan_block(),
+// in order of pieces; (scan_checkpoints(backend, rows), e, n) f32, layout private to the backend.
+class Backend;
+int64_t scan_checkpoints(const Backend& backend, const Rows& rows);  // sum of ceil(length / k)
 
 struct SelectiveScan {
   View x, dt;        // (t,e)
@@ -179,6 +185,9 @@ class Backend {
   virtual ~Backend() = default;
   virtual Device device() const = 0;
   virtual int threads() const = 0;  // host threads an op uses
+  // The type of activations beside matrices of this type.
+  virtual DType activations(DType /* matrices */) const { return DType::f32; }
+  virtual int64_t scan_block() const { return 32; }  // steps between checkpoints of a scan
 
   // Memory. free() of a block keeps it for the next alloc of its size class.
   virtual void* alloc(int64_t bytes) = 0;
@@ -206,5 +215,8 @@ class Backend {
 
 // threads 0: as many as the machine has.
 std::unique_ptr<Backend> make_cpu_backend(int threads = 0);
+// Throws where the program was built without CUDA, or the machine has no such GPU or no driver.
+std::unique_ptr<Backend> make_cuda_backend(int index = 0);
+int cuda_devices();  // 0 without GPU, driver or CUDA in the build; never throws
 
 }  // namespace coil

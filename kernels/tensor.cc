@@ -133,7 +133,8 @@ Tensor::~Tensor() {
   if (view_.data) backend_->free(view_.data);
 }
 
-Rows::Rows(Backend&, std::vector<Piece> pieces) : pieces_(std::move(pieces)) {
+Rows::Rows(Backend& backend, std::vector<Piece> pieces)
+    : backend_(&backend), pieces_(std::move(pieces)) {
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const Piece& piece = pieces_[i];
     check(piece.begin == total_, "rows: piece {} begins at row {}, expected {}", i, piece.begin,
@@ -160,6 +161,31 @@ Rows::Rows(Backend&, std::vector<Piece> pieces) : pieces_(std::move(pieces)) {
     check(writer[from] < 0 || writer[from] == static_cast<int64_t>(i),
           "rows: piece {} reads slot {}, which piece {} writes", i, from, writer[from]);
   }
+  if (backend.device().kind != Device::Kind::cpu) {
+    const auto bytes = static_cast<int64_t>(pieces_.size() * sizeof(Piece));
+    mirror_ = Tensor(backend, DType::u8, {bytes});
+    backend.copy(host_view(pieces_.data(), DType::u8, {bytes}), mirror_);
+  }
+}
+
+const Rows::Tiles& Rows::tiles(int64_t length) const {
+  for (const auto& kept : tiles_)
+    if (kept->length == length) return *kept;
+  const auto pieces = static_cast<int64_t>(pieces_.size());
+  std::vector<int32_t> first(pieces);
+  int64_t count = 0;
+  for (int64_t i = 0; i < pieces; ++i) {
+    first[i] = static_cast<int32_t>(count);
+    count += (pieces_[i].length + length - 1) / length;
+  }
+  check(count <= std::numeric_limits<int32_t>::max(), "rows: {} tiles of {} steps, expected < 2^31",
+        count, length);
+  Tiles& tiles = *tiles_.emplace_back(std::make_unique<Tiles>());
+  tiles.length = length;
+  tiles.count = count;
+  tiles.first = Tensor(*backend_, DType::i32, {pieces});
+  backend_->copy(host_view(first.data(), DType::i32, {pieces}), tiles.first);
+  return tiles;
 }
 
 Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
@@ -168,9 +194,10 @@ Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
   return Rows(backend, std::move(pieces));
 }
 
-int64_t scan_checkpoints(const Rows& rows) {
+int64_t scan_checkpoints(const Backend& backend, const Rows& rows) {
+  const int64_t block = backend.scan_block();
   int64_t count = 0;
-  for (const Piece& piece : rows.pieces()) count += (piece.length + kScanBlock - 1) / kScanBlock;
+  for (const Piece& piece : rows.pieces()) count += (piece.length + block - 1) / block;
   return count;
 }
 

@@ -106,7 +106,7 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
 
   Tensor kept_y;  // (t, e) in training; otherwise y takes the place of dt
   if (saved) {
-    saved->checkpoints = Tensor(backend, DType::f32, {scan_checkpoints(rows), e, n});
+    saved->checkpoints = Tensor(backend, DType::f32, {scan_checkpoints(backend, rows), e, n});
     kept_y = Tensor(backend, DType::f32, {t, e});
   }
   const View y = saved ? kept_y.view() : dt.view();

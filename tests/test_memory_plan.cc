@@ -48,7 +48,7 @@ TEST(MemoryPlan, TrainingHoldsEveryLayer) {
   EXPECT_EQ(plan.moments, 2 * plan.weights);
   EXPECT_EQ(plan.state, 0);
   const int64_t saved = 4096 * (2 * config.d + 5 * config.e + config.dt_rank + 2 * config.n + 1) +
-                        4 * (1024 / kScanBlock) * config.e * config.n;
+                        4 * (1024 / 32) * config.e * config.n;
   EXPECT_GT(plan.activations, 3 * 4 * saved);
   EXPECT_LT(plan.activations, 5 * 4 * saved);
 }

@@ -53,7 +53,7 @@ struct Operands {
     dy = make({t, e}, 0, 1);
     y = Guarded({t, e});
     sum_dt = Guarded({static_cast<int64_t>(c.pieces.size()), e});
-    checkpoints = Guarded({scan_checkpoints(rows), e, n}, true);
+    checkpoints = Guarded({scan_checkpoints(*backend, rows), e, n}, true);
     dxz = Guarded({t, 2 * e});
     ddt = Guarded({t, e});
     ddbc = Guarded({t, 4 + 2 * n});

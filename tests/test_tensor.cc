@@ -218,13 +218,13 @@ TEST_F(TensorTest, RowsCountWhatTheyHold) {
   EXPECT_EQ(rows.total(), 44);
   EXPECT_EQ(rows.finished(), 2);
   EXPECT_EQ(rows.slots(), 5);
-  EXPECT_EQ(scan_checkpoints(rows), 1 + 2 + 1);
+  EXPECT_EQ(scan_checkpoints(*backend, rows), 1 + 2 + 1);
   const Rows equal = Rows::equal(*backend, 3, 33);
   EXPECT_EQ(equal.total(), 99);
   EXPECT_EQ(equal.finished(), 3);
   EXPECT_EQ(equal.slots(), 0);
   EXPECT_EQ(equal.pieces()[2].begin, 66);
-  EXPECT_EQ(scan_checkpoints(equal), 6);
+  EXPECT_EQ(scan_checkpoints(*backend, equal), 6);
 }
 
 TEST_F(TensorTest, RowsRefuseWhatHasNoOrder) {

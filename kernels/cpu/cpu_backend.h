@@ -12,12 +12,15 @@
 
 namespace coil {
 
+constexpr int64_t kScanBlock = 32;  // steps that the scan walks with one block of channels
+
 class CpuBackend final : public Backend {
  public:
   explicit CpuBackend(int threads);
   ~CpuBackend() override;
   Device device() const override { return {}; }
   int threads() const override { return threads_; }
+  int64_t scan_block() const override { return kScanBlock; }
 
   void* alloc(int64_t bytes) override;
   void free(void* data) override;

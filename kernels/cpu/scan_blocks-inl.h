@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/track.h"
 #include "kernels/expect.h"
 #include "kernels/ops.h"
@@ -27,7 +28,7 @@ inline std::vector<int64_t> first_checkpoints(const Rows& rows) {
 
 // The operands that forward and backward share.
 template <class Op>
-void check_scan_operands(const char* name, const Op& op) {
+void check_scan_operands(const char* name, const Backend& backend, const Op& op) {
   check(op.rows != nullptr, "{}: rows are missing", name);
   expect_rank(name, "x", op.x, 2);
   expect_rank(name, "A_log", op.A_log, 2);
@@ -40,7 +41,8 @@ void check_scan_operands(const char* name, const Op& op) {
   expect(name, "D", op.D, DType::f32, {e});
   expect(name, "dt_bias", op.dt_bias, DType::f32, {e});
   expect_if(name, "z", op.z, DType::f32, {t, e});
-  expect_if(name, "checkpoints", op.checkpoints, DType::f32, {scan_checkpoints(*op.rows), e, n});
+  expect_if(name, "checkpoints", op.checkpoints, DType::f32,
+            {scan_checkpoints(backend, *op.rows), e, n});
   check(!op.checkpoints || op.checkpoints.contiguous(), "{}: checkpoints are not contiguous", name);
   check(!op.reverse || op.rows->slots() == 0,
         "{}: a piece carries state, expected whole sequences with reverse", name);

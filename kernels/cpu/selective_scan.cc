@@ -248,7 +248,7 @@ HWY_EXPORT(lanes);
 HWY_EXPORT(scan_cell);
 
 void CpuBackend::run(const SelectiveScan& op) {
-  check_scan_operands("selective_scan", op);
+  check_scan_operands("selective_scan", *this, op);
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
   expect("selective_scan", "y", op.y, DType::f32, {t, e});
   check(op.y.data != op.x.data, "selective_scan: y is x, expected another tensor");

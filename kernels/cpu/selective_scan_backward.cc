@@ -320,7 +320,7 @@ HWY_EXPORT(scan_backward_cell);
 
 void CpuBackend::run(const SelectiveScanBackward& op) {
   const char* const name = "selective_scan backward";
-  check_scan_operands(name, op);
+  check_scan_operands(name, *this, op);
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
   check(op.checkpoints.data != nullptr || t == 0, "{}: checkpoints are missing", name);
   expect(name, "dy", op.dy, DType::f32, {t, e});

@@ -1,0 +1,243 @@
+// Memory of the CUDA backend: blocks by size class, strided casting copies within the device and
+// across, fill.
+//
+// Blocks are kept after free(): a cudaMalloc waits for the device, and a captured graph needs its
+// addresses again. Size classes are eighths of a power of two. Where the card is full, kept blocks
+// go back first.
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+#include "kernels/cuda/device.cuh"
+
+namespace coil {
+namespace {
+
+using cuda::bf16;
+using cuda::check_call;
+
+constexpr int64_t kAlignment = 256;
+constexpr int kThreads = 256;
+
+int64_t size_class(int64_t bytes) {
+  if (bytes <= 8 * kAlignment) return std::max(kAlignment, (bytes + 255) / 256 * 256);
+  const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes - 1))) / 8;
+  return (bytes + step - 1) / step * step;
+}
+
+std::string gigabytes(int64_t bytes) { return fmt::format("{:.2f} GB", bytes * 1e-9); }
+
+// A view as elements counted row-major: what a thread needs to find element i.
+struct Layout {
+  int64_t size[kMaxRank], stride[kMaxRank];  // leading ones are 1 and 0
+  explicit Layout(const View& view) {
+    for (int i = 0; i < kMaxRank; ++i) {
+      const int from = i - (kMaxRank - view.rank);
+      size[i] = from < 0 ? 1 : view.size[from];
+      stride[i] = from < 0 ? 0 : view.stride[from];
+    }
+  }
+  __device__ int64_t place(int64_t i) const {
+    int64_t offset = 0;
+    for (int k = kMaxRank - 1; k > 0; --k) {
+      offset += i % size[k] * stride[k];
+      i /= size[k];
+    }
+    return offset + i * stride[0];
+  }
+};
+
+__device__ double to_number(bf16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ double to_number(T x) {
+  return static_cast<double>(x);
+}
+
+template <class To, class From>
+__device__ To cast(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (std::is_same_v<To, bf16>) {
+    return __float2bfloat16_rn(static_cast<float>(to_number(x)));
+  } else if constexpr (std::is_same_v<From, bf16> && std::is_same_v<To, float>) {
+    return __bfloat162float(x);
+  } else if constexpr (std::is_integral_v<To>) {  // towards zero, clipped; NaN is 0
+    const double value = to_number(x);
+    if (value != value) return 0;
+    const double low = std::is_same_v<To, uint8_t> ? 0. : -2147483648.;
+    const double high = std::is_same_v<To, uint8_t> ? 255. : 2147483647.;
+    return static_cast<To>(fmin(fmax(value, low), high));
+  } else {
+    return static_cast<To>(to_number(x));
+  }
+}
+
+template <class To, class From>
+__global__ void copy_kernel(const From* from, Layout from_layout, To* to, Layout to_layout,
+                            int64_t count) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += step)
+    to[to_layout.place(i)] = cast<To>(from[from_layout.place(i)]);
+}
+
+template <class T>
+__global__ void fill_kernel(T* to, Layout layout, int64_t count, double value) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; i < count;
+       i += step)
+    to[layout.place(i)] = cast<T>(value);
+}
+
+template <class F>
+void with_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f64:
+      return f(double{});
+    case DType::i32:
+      return f(int32_t{});
+    case DType::u8:
+      return f(uint8_t{});
+  }
+}
+
+int blocks_for(int64_t count, int processors) {
+  return static_cast<int>(std::min<int64_t>(cuda::div_up(count, kThreads), 16 * processors));
+}
+
+View flat(const View& view) { return view.contiguous() ? view.reshape({view.count()}) : view; }
+
+}  // namespace
+
+int cuda_devices() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+std::unique_ptr<Backend> make_cuda_backend(int index) {
+  int count = 0;
+  const cudaError_t status = cudaGetDeviceCount(&count);
+  if (status != cudaSuccess)
+    throw Error(fmt::format("cuda:{}: {}", index, cudaGetErrorString(status)), "use --device cpu");
+  if (index < 0 || index >= count)
+    throw Error(fmt::format("cuda:{}: no such GPU, this machine has {}", index, count),
+                "nvidia-smi lists them");
+  return std::make_unique<CudaBackend>(index);
+}
+
+void CudaBackend::release_kept() {
+  for (const auto& [size, blocks] : kept_)
+    for (void* data : blocks) {
+      blocks_.erase(data);
+      cudaFree(data);
+    }
+  kept_.clear();
+}
+
+void* CudaBackend::alloc(int64_t bytes) {
+  const int64_t size = size_class(bytes);
+  void* data = nullptr;
+  if (const auto kept = kept_.find(size); kept != kept_.end()) {
+    data = kept->second.back();
+    kept->second.pop_back();
+    if (kept->second.empty()) kept_.erase(kept);
+  } else {
+    cudaError_t status = cudaMalloc(&data, size);
+    if (status == cudaErrorMemoryAllocation && !kept_.empty()) {
+      cudaGetLastError();
+      release_kept();
+      status = cudaMalloc(&data, size);
+    }
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      size_t free = 0, total = 0;
+      cudaMemGetInfo(&free, &total);
+      throw Error(
+          fmt::format("cuda:{}: out of memory: {} asked for, {} free of {}, {} in use here", index_,
+                      gigabytes(size), gigabytes(free), gigabytes(total), gigabytes(in_use_)),
+          "a smaller --batch or --chunk needs less; coil info MODEL --length … plans memory");
+    }
+    check_call(status, "cudaMalloc");
+    blocks_[data] = size;
+  }
+  in_use_ += size;
+  return data;
+}
+
+void CudaBackend::free(void* data) {
+  if (!data) return;
+  const auto block = blocks_.find(data);
+  COIL_ASSERT(block != blocks_.end());
+  kept_[block->second].push_back(data);
+  in_use_ -= block->second;
+}
+
+void CudaBackend::copy(View from, View to) {
+  bool same = from.rank == to.rank;
+  for (int i = 0; same && i < from.rank; ++i) same = from.size[i] == to.size[i];
+  check(same, "copy: from is {}, to is {}: expected one shape", from.shape(), to.shape());
+  const bool from_host = from.device.kind == Device::Kind::cpu;
+  const bool to_host = to.device.kind == Device::Kind::cpu;
+  check(!from_host || !to_host, "copy: both operands are host memory, expected one on {}", index_);
+  check((from_host || from.device == device()) && (to_host || to.device == device()),
+        "copy: an operand is on another GPU");
+  const int64_t count = from.count();
+  if (count == 0) return;
+  const bool plain = from.dtype == to.dtype && from.contiguous() && to.contiguous();
+  if (plain) {
+    // From pageable memory this returns once the bytes are taken, to it once they are there.
+    check_call(
+        cudaMemcpyAsync(to.data, from.data, count * size_of(to.dtype), cudaMemcpyDefault, stream_),
+        "copy");
+    return;
+  }
+  if (from_host) {  // packed, then across, then cast on the device
+    check(from.contiguous(), "copy: strided host memory, expected contiguous");
+    Tensor staged(*this, from.dtype, std::span<const int64_t>(from.size, from.rank));
+    copy(from, staged);
+    copy(staged, to);
+    return;
+  }
+  if (to_host) {
+    check(to.contiguous(), "copy: strided host memory, expected contiguous");
+    Tensor staged(*this, to.dtype, std::span<const int64_t>(to.size, to.rank));
+    copy(from, staged);
+    copy(staged, to);
+    return;
+  }
+  with_dtype(from.dtype, [&](auto from_value) {
+    with_dtype(to.dtype, [&](auto to_value) {
+      using From = decltype(from_value);
+      using To = decltype(to_value);
+      const bool both = from.contiguous() && to.contiguous();
+      const Layout a(both ? flat(from) : from), b(both ? flat(to) : to);
+      copy_kernel<To, From><<<blocks_for(count, processors_), kThreads, 0, stream_>>>(
+          from.as<From>(), a, to.as<To>(), b, count);
+    });
+  });
+  cuda::check_launch("copy");
+}
+
+void CudaBackend::fill(View x, double value) {
+  check(x.device == device(), "fill: expected memory of cuda:{}", index_);
+  const int64_t count = x.count();
+  if (count == 0) return;
+  if (value == 0 && x.contiguous()) {
+    check_call(cudaMemsetAsync(x.data, 0, count * size_of(x.dtype), stream_), "fill");
+    return;
+  }
+  with_dtype(x.dtype, [&](auto type) {
+    using T = decltype(type);
+    fill_kernel<T><<<blocks_for(count, processors_), kThreads, 0, stream_>>>(
+        x.as<T>(), Layout(flat(x)), count, value);
+  });
+  cuda::check_launch("fill");
+}
+
+void CudaBackend::sync() { check_call(cudaStreamSynchronize(stream_), "cuda"); }
+
+}  // namespace coil

@@ -1,0 +1,62 @@
+// The CUDA backend: cuBLASLt for matrix products, our own kernels for everything else, one file per
+// op with the basename of its CPU twin. One stream; nothing in here waits for the device but copy()
+// to the host and sync(). Matrices and activations are f32 or bf16, both of one type in an op; see
+// ops.h for what stays f32.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <map>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "kernels/ops.h"
+
+namespace coil {
+
+class CudaBackend final : public Backend {
+ public:
+  explicit CudaBackend(int index);
+  ~CudaBackend() override;
+  Device device() const override { return {Device::Kind::cuda, index_}; }
+  int threads() const override { return 1; }
+  DType activations(DType matrices) const override { return matrices; }
+
+  void* alloc(int64_t bytes) override;
+  void free(void* data) override;
+  void copy(View from, View to) override;
+  void fill(View x, double value) override;
+  void sync() override;
+
+  void run(const Gemm&) override;
+  void run(const SumRows&) override;
+  void run(const Embed&) override;
+  void run(const EmbedBackward&) override;
+  void run(const Norm&) override;
+  void run(const NormBackward&) override;
+  void run(const Conv1d&) override;
+  void run(const Conv1dBackward&) override;
+  void run(const SelectiveScan&) override;
+  void run(const SelectiveScanBackward&) override;
+  void run(const Pool&) override;
+  void run(const PoolBackward&) override;
+  void run(const CrossEntropy&) override;
+  void run(const SumSquares&) override;
+  void run(const AdamW&) override;
+
+  cudaStream_t stream() const { return stream_; }
+  int processors() const { return processors_; }  // multiprocessors of the card
+
+ private:
+  struct Products;  // cuBLASLt: gemm.cu
+  void release_kept();
+  int index_, processors_ = 0;
+  cudaStream_t stream_ = nullptr;
+  std::unique_ptr<Products, void (*)(Products*)> products_;
+  std::unordered_map<void*, int64_t> blocks_;   // size class of every block handed out or kept
+  std::map<int64_t, std::vector<void*>> kept_;  // by size class
+  int64_t in_use_ = 0;
+};
+
+}  // namespace coil

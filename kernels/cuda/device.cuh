@@ -1,0 +1,57 @@
+// What the CUDA files share: error checks, f32 and bf16 elements, dispatch on an activation's type,
+// finding the piece of a tile.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "kernels/cuda/cuda_backend.h"
+#include "kernels/error.h"
+#include "kernels/expect.h"
+
+namespace coil::cuda {
+
+using bf16 = __nv_bfloat16;
+
+inline void check_call(cudaError_t status, const char* what) {
+  coil::check(status == cudaSuccess, "{}: {}", what, cudaGetErrorString(status));
+}
+// After each launch: a refused launch is an error of the op that made it.
+inline void check_launch(const char* op) { check_call(cudaGetLastError(), op); }
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __bfloat162float(x); }
+template <class T>
+__device__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>)
+    return x;
+  else
+    return __float2bfloat16_rn(x);
+}
+
+// Calls f with a value of the element type of an f32 or bf16 operand.
+template <class F>
+void with_type(const char* op, const View& view, F&& f) {
+  if (view.dtype == DType::f32) return f(float{});
+  if (view.dtype == DType::bf16) return f(bf16{});
+  fail("{}: {}, expected f32 or bf16", op, view.shape());
+}
+
+inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The piece that tile i belongs to: the last p with first[p] <= i. first (pieces) ascending.
+__device__ inline int piece_of(const int32_t* first, int pieces, int32_t i) {
+  int low = 0, high = pieces - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (first[middle] <= i)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
+}  // namespace coil::cuda
