@@ -1,6 +1,11 @@
 // What the CUDA files share: error checks, f32 and bf16 elements, dispatch on an activation's type,
 // finding the piece of a tile.
+// To be included first.
 #pragma once
+
+#ifndef FMT_USE_CONSTEXPR
+#define FMT_USE_CONSTEXPR 1  // fmt 9 thinks that nvcc has none
+#endif
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
