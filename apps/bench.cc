@@ -149,17 +149,6 @@ Rows next_pieces(Backend& backend, int64_t count, int64_t length, int64_t positi
   return Rows(backend, std::move(pieces));
 }
 
-// Matrices in bf16, as load_model() does where asked.
-void narrow_matrices(Backend& backend, Model& model) {
-  for (const Param& param : declare(model)) {
-    if (!param.info.matrix || param.tensor->view().dtype != DType::f32) continue;
-    const View& view = *param.tensor;
-    Tensor half(backend, DType::bf16, std::span<const int64_t>(view.size, view.rank));
-    backend.copy(view, half);
-    *param.tensor = std::move(half);
-  }
-}
-
 void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   const int64_t batch = options.batch, length = options.length;
   Config config;
@@ -195,7 +184,7 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
            optimizer.step(backend, trained, grad, 1e-3);
          })});
   }
-  if (matrix_dtype(options.common) == DType::bf16) narrow_matrices(backend, model);
+  model = converted(backend, model, matrix_dtype(options.common));
   State state(backend, config, static_cast<int32_t>(batch));
   const int64_t chunk = std::clamp<int64_t>(options.chunk / batch, 1, length);
   figures.push_back({"prefill", static_cast<double>(batch * length), measure(options.seconds, [&] {

@@ -77,7 +77,7 @@ int run_calibrate(int argc, char** argv) {
   const std::unique_ptr<Backend> backend = make_backend(options.common);
   const Config config = read_config(options.model);
   check_classifier(config, options.model);
-  how.stream = options.engine.resolve(config);
+  how.stream = options.engine.resolve();
   Config target;
   if (!options.into.empty()) {
     target = read_config(options.into);

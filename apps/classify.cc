@@ -184,7 +184,7 @@ int run_classify(int argc, char** argv) {
   const std::unique_ptr<Backend> backend = make_backend(options.common);
   const Config config = read_config(options.model);
   check_classifier(config, options.model);
-  how.stream = options.engine.resolve(config);
+  how.stream = options.engine.resolve();
   how.stream.window = options.window;
   how.stream.stride = options.stride;
   const std::unique_ptr<Source> source = open_inputs(options.input);

@@ -66,23 +66,35 @@ std::ostream& operator<<(std::ostream& out, const Size& size) {
 po::options_description describe(CommonOptions& options) {
   po::options_description text("Common options");
   text.add_options()("device", po::value(&options.device)->default_value(options.device),
-                     "auto | cpu")("threads",
-                                   po::value(&options.threads)->default_value(options.threads),
-                                   "CPU threads; 0: all")(
-      "seed", po::value(&options.seed)->default_value(options.seed), "of every random number")(
+                     "auto | cpu | cuda | cuda:0, cuda:1, …: auto takes a GPU where there is one")(
+      "threads", po::value(&options.threads)->default_value(options.threads),
+      "CPU threads; 0: all")("seed", po::value(&options.seed)->default_value(options.seed),
+                             "of every random number")(
       "precision", po::value(&options.precision)->default_value(options.precision),
       "f32 | bf16: how matrices are kept and multiplied");
   return text;
 }
 
+Device device_of(const CommonOptions& options) {
+  const std::string& name = options.device;
+  if (name == "cpu") return {};
+  if (name == "auto") return {cuda_devices() > 0 ? Device::Kind::cuda : Device::Kind::cpu, 0};
+  int index = 0;
+  const char* const end = name.data() + name.size();
+  const bool good = name == "cuda" || (name.starts_with("cuda:") &&
+                                       std::from_chars(name.data() + 5, end, index).ptr == end &&
+                                       name.size() > 5 && index >= 0);
+  if (!good)
+    throw UsageError(
+        fmt::format("--device: expected auto, cpu, cuda or cuda:0, cuda:1, …, found '{}'", name));
+  return {Device::Kind::cuda, index};
+}
+
 std::unique_ptr<Backend> make_backend(const CommonOptions& options) {
-  if (options.device.starts_with("cuda"))
-    throw Error(fmt::format("--device {}: this build runs on the CPU only", options.device),
-                "use --device cpu");
-  if (options.device != "auto" && options.device != "cpu")
-    throw UsageError(fmt::format("--device: expected auto or cpu, found '{}'", options.device));
+  const Device device = device_of(options);
   if (options.threads < 0 || options.threads > 4096)
     throw UsageError(fmt::format("--threads: expected 0 to 4096, found {}", options.threads));
+  if (device.kind == Device::Kind::cuda) return make_cuda_backend(device.index);
   return make_cpu_backend(options.threads);
 }
 

@@ -43,13 +43,14 @@ std::ostream& operator<<(std::ostream& out, const Size& size);
 
 // What every command takes.
 struct CommonOptions {
-  std::string device = "auto";  // auto | cpu
+  std::string device = "auto";  // auto | cpu | cuda | cuda:i
   int threads = 0;              // 0: all
   uint64_t seed = 1;
   std::string precision = "f32";  // f32 | bf16: matrices
 };
 boost::program_options::options_description describe(CommonOptions& options);
-std::unique_ptr<Backend> make_backend(const CommonOptions& options);  // throws on an unknown device
+Device device_of(const CommonOptions& options);  // of --device; throws on an unknown one
+std::unique_ptr<Backend> make_backend(const CommonOptions& options);
 DType matrix_dtype(const CommonOptions& options);  // of --precision; throws on an unknown one
 
 // Parses, prints help (and returns false) on --help, reads --config, throws UsageError on what it

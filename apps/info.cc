@@ -108,7 +108,8 @@ std::string network_text(const Config& config) {
 }
 
 MemoryRequest request_of(const InfoOptions& options, const Config& config) {
-  const int64_t chunk = options.chunk > 0 ? options.chunk.value : auto_batch(config);
+  const int64_t chunk =
+      options.chunk > 0 ? options.chunk.value : auto_batch(config, device_of(options.common));
   return {.length = options.length,
           .sequences = options.batch,
           .chunk = chunk,

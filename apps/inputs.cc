@@ -107,18 +107,16 @@ po::options_description describe(EngineOptions& options) {
       ("strands", po::value(&options.strands)->default_value(options.strands)->value_name("WHICH"),
        "both (averaged, twice the work) | forward | reverse")  //
       ("batch", po::value(&options.batch)->default_value(options.batch)->value_name("SIZE"),
-       "bases computed at a time: auto keeps a layer's activations in the cache")  //
+       "bases computed at a time: auto keeps a layer's activations in the cache, or fills a GPU")  //
       ("chunk", po::value(&options.chunk)->default_value(options.chunk)->value_name("SIZE"),
        "most bases of one sequence among them: auto is the batch");
   return description;
 }
 
-StreamOptions EngineOptions::resolve(const Config& config) const {
-  StreamOptions stream{.strands = parse_strands(strands),
-                       .batch = size_or_auto("batch", batch),
-                       .chunk = size_or_auto("chunk", chunk)};
-  if (stream.batch == 0) stream.batch = auto_batch(config);
-  return stream;
+StreamOptions EngineOptions::resolve() const {
+  return {.strands = parse_strands(strands),
+          .batch = size_or_auto("batch", batch),
+          .chunk = size_or_auto("chunk", chunk)};
 }
 
 Progress::Progress(std::string command)

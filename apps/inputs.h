@@ -30,7 +30,7 @@ std::unique_ptr<Source> open_inputs(const InputOptions& options);
 // Options of the engine. describe() binds text where "auto" is a choice; resolve() reads it.
 struct EngineOptions {
   std::string strands, batch = "auto", chunk = "auto";
-  StreamOptions resolve(const Config& config) const;
+  StreamOptions resolve() const;
 };
 boost::program_options::options_description describe(EngineOptions& options);
 

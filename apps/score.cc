@@ -82,7 +82,7 @@ int run_score(int argc, char** argv) {
   const std::unique_ptr<Backend> backend = make_backend(options.common);
   const Config config = read_config(options.model);
   check_language_model(config, options.model);
-  const ScoreOptions how{.stream = options.engine.resolve(config), .per_base = options.per_base};
+  const ScoreOptions how{.stream = options.engine.resolve(), .per_base = options.per_base};
   const std::unique_ptr<Source> source = open_inputs(options.input);
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
 

@@ -139,6 +139,7 @@ bool parse_over(int argc, char** argv, const TrainOptions& base, Given& given) {
   given.options = base;
   given.common.seed = base.seed;
   given.common.threads = base.threads;
+  given.common.precision = base.precision;
   bool no_reverse_complement = false;
   po::options_description options = describe(given.options, no_reverse_complement);
   options.add(describe(given.common));
@@ -148,6 +149,7 @@ bool parse_over(int argc, char** argv, const TrainOptions& base, Given& given) {
   given.options.reverse_complement = !no_reverse_complement;
   given.options.seed = given.common.seed;
   given.options.threads = given.common.threads;
+  given.options.precision = given.common.precision;
   return true;
 }
 
@@ -178,8 +180,9 @@ int run_train(int argc, char** argv) {
   }
   TrainOptions& options = given.options;
   if (options.data.empty()) throw UsageError("no data to train on");
-  if (given.common.precision != "f32")
-    throw UsageError(fmt::format("--precision {}: training is in f32", given.common.precision));
+  if (matrix_dtype(given.common) == DType::bf16 &&
+      device_of(given.common).kind == Device::Kind::cpu)
+    throw UsageError("--precision bf16: training on a CPU is in f32");
   if (!options.from.empty()) {  // the network is that model's
     const Config config = read_config(options.from);
     const auto same = [&](const char* name, int64_t& member, int64_t value) {

@@ -133,6 +133,26 @@ Tensor::~Tensor() {
   if (view_.data) backend_->free(view_.data);
 }
 
+View brought(Backend& backend, const View& view, Tensor& kept) {
+  if (!view || view.device == backend.device()) return view;
+  kept = Tensor(backend, view.dtype, std::span<const int64_t>(view.size, view.rank));
+  backend.copy(view, kept);
+  return kept;
+}
+
+View on_host(Backend& backend, const View& view, std::vector<std::byte>& kept) {
+  if (view.device.kind == Device::Kind::cpu) {
+    backend.sync();
+    return view;
+  }
+  kept.resize(view.count() * size_of(view.dtype));
+  View host =
+      contiguous_view(kept.data(), view.dtype, {}, {view.size, static_cast<size_t>(view.rank)});
+  backend.copy(view, host);
+  backend.sync();
+  return host;
+}
+
 Rows::Rows(Backend& backend, std::vector<Piece> pieces)
     : backend_(&backend), pieces_(std::move(pieces)) {
   for (size_t i = 0; i < pieces_.size(); ++i) {

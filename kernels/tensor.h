@@ -93,6 +93,11 @@ class Tensor {
   Backend* backend_ = nullptr;
 };
 
+// `view` in the backend's memory: itself where it is there, else a copy that `kept` holds.
+View brought(Backend& backend, const View& view, Tensor& kept);
+// `view` in host memory, the same way; waits for the backend.
+View on_host(Backend& backend, const View& view, std::vector<std::byte>& kept);
+
 // One piece of a sequence in a ragged batch.
 struct Piece {
   int64_t begin = 0;     // its first row in the batch

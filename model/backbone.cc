@@ -41,9 +41,18 @@ std::vector<Param> declare(const Config& config, Backbone& backbone, const std::
   return params;
 }
 
+// Of what the mixers read and write.
+DType activations(Backend& backend, const Backbone& backbone) {
+  if (backbone.layers.empty()) return DType::f32;
+  return std::visit(
+      [&](const auto& weights) { return backend.activations(weights.in_proj.view().dtype); },
+      backbone.layers[0].mixer);
+}
+
 Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const Rows& rows,
                          State* state, Saved* saved) const {
   const int64_t t = rows.total(), d = config.d;
+  const DType act = activations(backend, *this);
   if (state && saved)
     for (const Piece& piece : rows.pieces())
       check(
@@ -64,7 +73,7 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
     if (kept_rstd) *kept_rstd = Tensor(backend, DType::f32, {t});
     const View rstd = kept_rstd ? kept_rstd->view() : View{};
     if (!h) {
-      h = Tensor(backend, DType::f32, {t, d});
+      h = Tensor(backend, act, {t, d});
       backend.run(Norm{.x = residual, .weight = weight, .y = h, .rstd = rstd, .eps = config.eps});
     } else {
       if (kept_sum) sum = Tensor(backend, DType::f32, {t, d});
@@ -101,21 +110,26 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
 
 Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& saved,
                           const Rows& rows, View dy, State* dstate, Backbone& grad) const {
-  Tensor dresidual(backend, DType::f32,
-                   {rows.total(), config.d});  // gradient of the residual stream
+  const DType act = activations(backend, *this);
+  const int64_t t = rows.total(), d = config.d;
+  Tensor dresidual(backend, DType::f32, {t, d});  // gradient of the residual stream
+  Tensor rounded;                                 // the same for the mixers' products
+  if (act != DType::f32) rounded = Tensor(backend, act, {t, d});
   backend.run(NormBackward{.x = saved.residual,
                            .weight = norm_f,
                            .rstd = saved.rstd,
                            .dy = dy,
                            .dx = dresidual,
                            .dweight = grad.norm_f,
+                           .dx_act = rounded,
                            .eps = config.eps});
   for (size_t i = layers.size(); i-- > 0;) {
     const Saved::Block& block = saved.blocks[i];
     Tensor dnormed = std::visit(
         [&](const auto& weights) {
           return coil::backward(
-              backend, config, weights, std::get<Mamba1Saved>(block.mixer), rows, dresidual,
+              backend, config, weights, std::get<Mamba1Saved>(block.mixer), rows,
+              rounded ? rounded : dresidual,
               saved.initial ? &std::get<Mamba1State>(saved.initial->layers[i]) : nullptr,
               dstate ? &std::get<Mamba1State>(dstate->layers[i]) : nullptr,
               std::get<Mamba1Weights>(grad.layers[i].mixer));
@@ -128,6 +142,7 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
                              .dresidual = dresidual,
                              .dx = dresidual,
                              .dweight = grad.layers[i].norm,
+                             .dx_act = rounded,
                              .eps = config.eps});
   }
   return dresidual;

@@ -52,6 +52,9 @@ class Backbone {
                   View dy, State* dstate, Backbone& grad) const;
 };
 
+// The type of activations in the stack: f32, or bf16 on a device that computes in it.
+DType activations(Backend& backend, const Backbone& backbone);
+
 std::vector<Param> declare(const Config& config, Backbone& backbone, const std::string& prefix);
 
 }  // namespace coil

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <charconv>
 #include <filesystem>
+#include <list>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <tuple>
@@ -106,9 +107,13 @@ void remove_leftovers(const fs::path& train) {
 // declare() hands out mutable tensors; saving only reads them.
 std::vector<Param> declare_const(const Model& model) { return declare(const_cast<Model&>(model)); }
 
-void add_views(std::vector<NamedView>& views, const Model& model, const std::string& prefix) {
+using HostCopies = std::list<std::vector<std::byte>>;  // where the model is on a device
+
+void add_views(Backend& backend, std::vector<NamedView>& views, const Model& model,
+               const std::string& prefix, HostCopies& copies) {
   for (const Param& param : declare_const(model))
-    views.push_back({prefix + param.info.name, param.tensor->view()});
+    views.push_back(
+        {prefix + param.info.name, on_host(backend, param.tensor->view(), copies.emplace_back())});
 }
 
 void load_tensors(Backend& backend, const SafetensorsReader& reader, Model& model,
@@ -155,7 +160,6 @@ Checkpoint read_state(const fs::path& folder, int64_t& optimizer_steps) {
 void save_checkpoint(Backend& backend, const std::string& folder, const Checkpoint& checkpoint,
                      const Model& model, const Optimizer& optimizer, int keep) try {
   COIL_ASSERT(keep >= 1);
-  backend.sync();
   const fs::path train = training_folder(folder);
   fs::create_directories(train);
   remove_leftovers(train);
@@ -168,10 +172,11 @@ void save_checkpoint(Backend& backend, const std::string& folder, const Checkpoi
   partial += ".tmp";
   fs::create_directory(partial);
 
+  HostCopies copies;
   std::vector<NamedView> weights, moments;
-  add_views(weights, model, "");
-  add_views(moments, optimizer.m, "m.");
-  add_views(moments, optimizer.v, "v.");
+  add_views(backend, weights, model, "", copies);
+  add_views(backend, moments, optimizer.m, "m.", copies);
+  add_views(backend, moments, optimizer.v, "v.", copies);
   write_safetensors((partial / kTensorFile).string(), weights);
   write_safetensors((partial / kOptimizer).string(), moments);
   const Json state = {{"version", kVersion},

@@ -83,10 +83,25 @@ int64_t parameters(const Config& config) {
   return total;
 }
 
+Model converted(Backend& backend, const Model& model, DType matrices) {
+  Model result;
+  result.config = model.config;
+  for (const Param& param : declare(result))
+    allocate(backend, param, param.info.matrix ? matrices : DType::f32);
+  copy_values(backend, model, result);
+  return result;
+}
+
+void copy_values(Backend& backend, const Model& from, Model& to) {
+  const std::vector<Param> sources = declare(const_cast<Model&>(from)), targets = declare(to);
+  for (size_t i = 0; i < sources.size(); ++i) backend.copy(*sources[i].tensor, *targets[i].tensor);
+}
+
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved) {
+  Tensor kept;
   Tensor x(backend, DType::f32, {rows.total(), model.config.d});
-  backend.run(Embed{.ids = ids, .table = model.embedding, .y = x});
+  backend.run(Embed{.ids = brought(backend, ids, kept), .table = model.embedding, .y = x});
   return model.backbone.forward(backend, model.config, std::move(x), rows, state, saved);
 }
 
@@ -129,6 +144,9 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
   if (!(result.weight > 0)) grad = nullptr;
 
   Saved saved;
+  const DType act = activations(backend, model.backbone);
+  Tensor kept_ids, kept_targets, kept_weights;
+  ids = brought(backend, ids, kept_ids);
   Tensor h = hidden(backend, model, ids, rows, nullptr, grad ? &saved : nullptr);  // (t, d)
   Tensor pooled;                                                                   // (m, d)
   Tensor logits = lm ? lm_logits(backend, model, h)  // (t, v) or (m, classes)
@@ -136,24 +154,25 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
   if (!lm) h = Tensor();
 
   Tensor loss(backend, DType::f32, {logits.view().rows()});
-  Tensor dlogits;  // in place unless the caller wants the logits
-  if (grad && logits_out)
-    dlogits = Tensor(backend, DType::f32, {logits.view().rows(), logits.view().cols()});
+  Tensor dlogits;  // in place unless the caller wants the logits, or products want another type
+  const bool in_place = !logits_out && (!lm || act == DType::f32);
+  if (grad && !in_place)
+    dlogits = Tensor(backend, lm ? act : DType::f32, {logits.view().rows(), logits.view().cols()});
   backend.run(CrossEntropy{.logits = logits,
-                           .targets = targets,
+                           .targets = brought(backend, targets, kept_targets),
                            .loss = loss,
-                           .dlogits = !grad ? View{} : (logits_out ? dlogits : logits).view(),
-                           .class_weights = class_weights,
+                           .dlogits = !grad ? View{} : (in_place ? logits : dlogits).view(),
+                           .class_weights = brought(backend, class_weights, kept_weights),
                            .scale = grad ? static_cast<float>(scale / result.weight) : 1.0f});
-  backend.sync();
-  for (float value : loss.span<float>()) result.sum += value;
-  if (logits_out)
-    *logits_out = std::move(logits);
-  else
-    dlogits = std::move(logits);
+  std::vector<std::byte> kept_loss;
+  const View losses = on_host(backend, loss, kept_loss);
+  for (int64_t i = 0; i < losses.rows(); ++i) result.sum += *losses.row<float>(i);
+  if (grad && in_place) dlogits = std::move(logits);
+  if (logits_out) *logits_out = std::move(logits);
   if (!grad) return result;
 
-  Tensor dh(backend, DType::f32, {rows.total(), model.config.d});
+  logits = Tensor();
+  Tensor dh(backend, act, {rows.total(), model.config.d});
   if (lm) {
     Tensor& dweight = model.config.tie ? grad->embedding : grad->lm_head;
     linear_backward(backend, dlogits, h, model.output(), dweight, dh);

@@ -35,17 +35,22 @@ void save_model(Backend& backend, const Model& model, const std::string& folder,
 // starts anew. Returns the names taken.
 std::vector<std::string> load_matching(Backend& backend, Model& model, const std::string& folder);
 
-// ids (t) i32 → hidden (t,d) after the final norm.
+// A model of the same shape with matrices in `matrices`, for training in bf16 beside f32 weights;
+// and its values anew, after a step.
+Model converted(Backend& backend, const Model& model, DType matrices);
+void copy_values(Backend& backend, const Model& from, Model& to);
+
+// ids (t) i32, in host or device memory → hidden (t,d) after the final norm, of activation type.
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved = nullptr);
-Tensor lm_logits(Backend& backend, const Model& model, View hidden);  // (t, v)
+Tensor lm_logits(Backend& backend, const Model& model, View hidden);  // (t, v) f32
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
-                    State* state, Tensor* pooled = nullptr);  // (m, classes)
+                    State* state, Tensor* pooled = nullptr);  // (m, classes) f32
 
 // One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
-// per sequence (classify), in host memory. Adds gradients of `scale` times the mean loss (sum /
-// weight) to grad; grad null: loss only. logits, if given, receives the (m, classes or t, v)
-// logits.
+// per sequence (classify), in host memory, as class_weights. Adds gradients of `scale` times the
+// mean loss (sum / weight) to grad; grad null: loss only. logits, if given, receives the (m,
+// classes or t, v) logits.
 struct BatchLoss {
   double sum = 0;     // nats
   double weight = 0;  // counted targets (sum of class weights)

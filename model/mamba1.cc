@@ -58,8 +58,9 @@ std::vector<Param> declare(const Config& config, Mamba1Weights& weights,
 Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
                const Rows& rows, Mamba1State* state, Mamba1Saved* saved) {
   const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
+  const DType act = backend.activations(weights.in_proj.view().dtype);
 
-  Tensor xz(backend, DType::f32, {t, 2 * e});
+  Tensor xz(backend, act, {t, 2 * e});
   backend.run(Gemm{.a = u,
                    .b = weights.in_proj,
                    .c = xz,
@@ -69,7 +70,7 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
   u = Tensor();
   const View x = xz.view().columns(0, e), z = xz.view().columns(e, e);
 
-  Tensor conv(backend, DType::f32, {t, e});
+  Tensor conv(backend, act, {t, e});
   backend.run(Conv1d{.x = x,
                      .weight = conv_taps(weights.conv_weight),
                      .y = conv,
@@ -77,13 +78,13 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
                      .state = state ? state->conv.view() : View{},
                      .rows = &rows});
 
-  Tensor dbc(backend, DType::f32, {t, r + 2 * n});
+  Tensor dbc(backend, act, {t, r + 2 * n});
   backend.run(Gemm{.a = conv, .b = weights.x_proj, .c = dbc, .tb = true});
   if (config.mixer_norms) {
     // Backward needs the values before the norm as well; inference normalises in place.
     Tensor normed, rstd;
     if (saved) {
-      normed = Tensor(backend, DType::f32, {t, r + 2 * n});
+      normed = Tensor(backend, act, {t, r + 2 * n});
       rstd = Tensor(backend, DType::f32, {3, t});
     }
     const Parts raw = split(dbc, config), out = split(saved ? normed.view() : dbc.view(), config);
@@ -101,13 +102,13 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
   }
   const Parts parts = split(dbc, config);
 
-  Tensor dt(backend, DType::f32, {t, e});
+  Tensor dt(backend, act, {t, e});
   backend.run(Gemm{.a = parts.dt, .b = weights.dt_proj, .c = dt, .tb = true});
 
   Tensor kept_y;  // (t, e) in training; otherwise y takes the place of dt
   if (saved) {
     saved->checkpoints = Tensor(backend, DType::f32, {scan_checkpoints(backend, rows), e, n});
-    kept_y = Tensor(backend, DType::f32, {t, e});
+    kept_y = Tensor(backend, act, {t, e});
   }
   const View y = saved ? kept_y.view() : dt.view();
   backend.run(SelectiveScan{.x = conv,
@@ -134,7 +135,7 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
     dbc = Tensor();
   }
 
-  Tensor out(backend, DType::f32, {t, config.d});
+  Tensor out(backend, act, {t, config.d});
   backend.run(Gemm{.a = y,
                    .b = weights.out_proj,
                    .c = out,
@@ -147,6 +148,7 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
                 const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
                 Mamba1State* dstate, Mamba1Weights& grad) {
   const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
+  const DType act = backend.activations(weights.in_proj.view().dtype);
   // dW += dout^T in, for out = in W^T.
   auto add_weight_gradient = [&](const View& dout, const View& in, const Tensor& dweight) {
     backend.run(Gemm{.a = dout, .b = in, .c = dweight, .ta = true, .beta = 1});
@@ -157,13 +159,13 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
 
   add_weight_gradient(dy, saved.y, grad.out_proj);
   add_bias_gradient(dy, grad.out_proj_bias);
-  Tensor dgated(backend, DType::f32, {t, e});
+  Tensor dgated(backend, act, {t, e});
   backend.run(Gemm{.a = dy, .b = weights.out_proj, .c = dgated});
 
-  Tensor dxz(backend, DType::f32, {t, 2 * e});
-  Tensor dconv(backend, DType::f32, {t, e});
-  Tensor ddt(backend, DType::f32, {t, e});
-  Tensor ddbc(backend, DType::f32, {t, r + 2 * n});
+  Tensor dxz(backend, act, {t, 2 * e});
+  Tensor dconv(backend, act, {t, e});
+  Tensor ddt(backend, act, {t, e});
+  Tensor ddbc(backend, act, {t, r + 2 * n});
   const Parts parts = split(config.mixer_norms ? saved.dbc_normed : saved.dbc, config);
   const Parts dparts = split(ddbc, config);
   backend.run(SelectiveScanBackward{.x = saved.conv,
@@ -221,7 +223,7 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
 
   add_weight_gradient(dxz, saved.u, grad.in_proj);
   add_bias_gradient(dxz, grad.in_proj_bias);
-  Tensor du(backend, DType::f32, {t, config.d});
+  Tensor du(backend, act, {t, config.d});
   backend.run(Gemm{.a = dxz, .b = weights.in_proj, .c = du});
   return du;
 }

@@ -2,6 +2,7 @@
 // by name, shape and finite values before a model is handed out.
 #include <cmath>
 #include <filesystem>
+#include <list>
 #include <optional>
 #include <set>
 
@@ -85,11 +86,12 @@ void save_model(Backend& backend, const Model& model, const std::string& folder,
   std::error_code error;
   std::filesystem::create_directories(folder, error);
   check(!error, "{}: cannot be made a folder: {}", folder, error.message());
-  backend.sync();
+  std::list<std::vector<std::byte>> kept;  // host copies, where the model is on a device
   std::vector<NamedView> tensors;
   for (const Param& param :
        declare(const_cast<Model&>(model)))  // declare hands out mutable tensors; only read here
-    tensors.push_back({param.info.name, param.tensor->view()});
+    tensors.push_back(
+        {param.info.name, on_host(backend, param.tensor->view(), kept.emplace_back())});
   write_config(model.config, folder);
   write_sharded(folder, tensors, shard_bytes);
 }

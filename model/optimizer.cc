@@ -21,8 +21,8 @@ double Optimizer::step(Backend& backend, Model& model, Model& grad, double lr) {
   Tensor total(backend, DType::f64, {1});
   backend.fill(total, 0);
   for (const Param& param : grads) backend.run(SumSquares{.x = *param.tensor, .out = total});
-  backend.sync();
-  const double norm = std::sqrt(*total.as<double>());
+  std::vector<std::byte> kept;
+  const double norm = std::sqrt(*on_host(backend, total, kept).as<double>());
   if (!std::isfinite(norm)) return norm;
 
   double factor = 1;

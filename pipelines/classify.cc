@@ -14,17 +14,12 @@ namespace {
 std::vector<float> logits_of(Backend& backend, const Model& model, Stream::Batch& batch,
                              State& state) {
   const Rows rows(backend, batch.pieces);
-  Tensor ids(backend, DType::i32, {rows.total()});  // (t)
-  backend.copy(host_view(batch.ids.data(), DType::i32, {rows.total()}), ids);
+  const View ids = host_view(batch.ids.data(), DType::i32, {rows.total()});
   const Tensor h = hidden(backend, model, ids, rows, &state);           // (t, d)
   const Tensor logits = class_logits(backend, model, h, rows, &state);  // (m, classes)
-  const auto classes = static_cast<int64_t>(model.config.labels.size());
-  std::vector<float> host(rows.finished() * classes);
-  if (!host.empty()) {
-    backend.copy(logits, host_view(host.data(), DType::f32, {rows.finished(), classes}));
-  }
-  backend.sync();
-  return host;
+  std::vector<std::byte> kept;
+  const View host = on_host(backend, logits, kept);
+  return {host.as<float>(), host.as<float>() + host.count()};
 }
 
 // values += softmax(logits)
@@ -126,7 +121,7 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
               const std::function<void(const Stream&)>& progress) {
   const auto classes = static_cast<int64_t>(model.config.labels.size());
   StreamOptions stream_options = options.stream;
-  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
+  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
   Workers workers(backend);
   Stream stream(source, stream_options, workers.count());
   State state(backend, model.config, stream.slots());

@@ -66,7 +66,8 @@ class Evaluator {
         options_(options),
         lm_(model.config.objective == Objective::lm),
         classes_(static_cast<int64_t>(model.config.labels.size())) {
-    if (options_.batch_tokens == 0) options_.batch_tokens = auto_batch(model.config);
+    if (options_.batch_tokens == 0)
+      options_.batch_tokens = auto_batch(model.config, backend.device());
   }
 
   Evaluation run() {
@@ -106,13 +107,17 @@ class Evaluator {
     const Tensor h =  // (t, d)
         hidden(backend_, model_, host_view(ids_.data(), DType::i32, {t}), rows, nullptr);
     if (lm_) {
+      std::vector<std::byte> kept;
       const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
+      const View host = on_host(backend_, logits, kept);
       for (const Piece& piece : rows.pieces())
-        add_likelihood(logits.view().slice(piece.begin, piece.length),
+        add_likelihood(host.slice(piece.begin, piece.length),
                        std::span(ids_).subspan(piece.begin, piece.length));
     } else {
+      std::vector<std::byte> kept;
       const Tensor logits = class_logits(backend_, model_, h, rows, nullptr);  // (m, classes)
-      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(logits, i, batch_[i].item);
+      const View host = on_host(backend_, logits, kept);
+      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(host, i, batch_[i].item);
     }
     pieces_ = {};
     ids_.clear();
@@ -140,10 +145,12 @@ class Evaluator {
       if (lm_) {
         const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
         if (!last) ids.push_back(codes[at + t]);               // what the piece's last row predicts
-        add_likelihood(logits, ids);
+        std::vector<std::byte> kept;
+        add_likelihood(on_host(backend_, logits, kept), ids);
       } else {
         const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
-        if (last) add_probabilities(logits, 0, strand.item);
+        std::vector<std::byte> kept;
+        if (last) add_probabilities(on_host(backend_, logits, kept), 0, strand.item);
       }
     }
   }

@@ -36,19 +36,18 @@ std::vector<float> losses_of(Backend& backend, const Model& model, Stream::Batch
                              State& state) {
   const Rows rows(backend, batch.pieces);
   const int64_t t = rows.total();
-  Tensor ids(backend, DType::i32, {t}), targets(backend, DType::i32, {t});
-  backend.copy(host_view(batch.ids.data(), DType::i32, {t}), ids);
   for (int32_t& code : batch.next) code = code >= dna::kA && code <= dna::kT ? code - dna::kA : -1;
-  backend.copy(host_view(batch.next.data(), DType::i32, {t}), targets);
+  const View ids = host_view(batch.ids.data(), DType::i32, {t});
   const Tensor h = hidden(backend, model, ids, rows, &state);  // (t, d)
   const Tensor logits = lm_logits(backend, model, h);          // (t, v)
-  Tensor loss(backend, DType::f32, {t});
-  backend.run(
-      CrossEntropy{.logits = logits.view().columns(dna::kA, 4), .targets = targets, .loss = loss});
-  std::vector<float> host(t);
-  backend.copy(loss, host_view(host.data(), DType::f32, {t}));
-  backend.sync();
-  return host;
+  Tensor loss(backend, DType::f32, {t}), kept_targets;
+  backend.run(CrossEntropy{
+      .logits = logits.view().columns(dna::kA, 4),
+      .targets = brought(backend, host_view(batch.next.data(), DType::i32, {t}), kept_targets),
+      .loss = loss});
+  std::vector<std::byte> kept;
+  const View host = on_host(backend, loss, kept);
+  return {host.as<float>(), host.as<float>() + host.count()};
 }
 
 // Adds piece i of a batch to its unit: nats and bases counted, and its lines of bedGraph.
@@ -75,7 +74,7 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
            const std::function<void(const Stream&)>& progress) {
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
-  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config);
+  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
   Workers workers(backend);
   Stream stream(source, stream_options, workers.count());
   State state(backend, model.config, stream.slots());

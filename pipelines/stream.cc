@@ -11,6 +11,8 @@ namespace coil {
 constexpr int64_t kCache =
     6 << 20;  // bytes; measured: 1,024 rows at d 128, two cores of 2 MiB L2 each
 
+constexpr int64_t kDeviceMemory = 2LL << 30;  // bytes
+
 Strands parse_strands(const std::string& text) {
   if (text == "both") return Strands::both;
   if (text == "forward") return Strands::forward;
@@ -18,7 +20,13 @@ Strands parse_strands(const std::string& text) {
   throw UsageError(fmt::format("--strands: '{}' is none of both, forward, reverse", text));
 }
 
-int64_t auto_batch(const Config& config) {
+int64_t auto_batch(const Config& config, Device device) {
+  if (device.kind != Device::Kind::cpu) {
+    const int64_t row = 2 * (3 * config.d + 5 * config.e + 3 * (config.dt_rank + 2 * config.n));
+    int64_t rows = 4096;
+    while (rows < 131'072 && 4 * rows * row <= kDeviceMemory) rows *= 2;
+    return rows;
+  }
   // Of one layer, in f32: x, residual, out_proj's output; x|z; conv; dt|B|C; dt.
   const int64_t row = 4 * (3 * config.d + 4 * config.e + config.dt_rank + 2 * config.n);
   int64_t rows = 256;

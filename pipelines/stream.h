@@ -40,8 +40,9 @@ struct StreamOptions {
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
 };
-// Rows whose activations in one layer stay in the cache: a function of the network alone.
-int64_t auto_batch(const Config& config);
+// A function of the network and the kind of device alone. CPU: rows whose activations in one layer
+// stay in the cache. GPU: rows that fill it, within 2 GB.
+int64_t auto_batch(const Config& config, Device device);
 
 class Stream {
  public:

@@ -42,6 +42,8 @@ struct TrainOptions {
   double max_minutes = 0;  // stop (with a checkpoint) after this; 0: no limit
   uint64_t seed = 1;
   int threads = 0;
+  // bf16: products and activations, where the device has them; weights stay f32 beside a copy.
+  std::string precision = "f32";
 };
 void apply_preset(const std::string& name,
                   TrainOptions& options);  // throws UsageError on an unknown name

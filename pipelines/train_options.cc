@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <numbers>
 
@@ -57,6 +58,7 @@ void visit(Options& o, F f) {
   f("patience", o.patience, true);
   f("metric", o.metric, true);
   f("seed", o.seed, true);
+  f("precision", o.precision, true);
   f("threads", o.threads, false);  // a note, not a refusal: the machine may have changed
 }
 
@@ -96,7 +98,10 @@ TrainOptions parse_train_options(const std::string& text) {
   TrainOptions options;
   try {
     const json in = json::parse(text);
-    visit(options, [&](const char* key, auto& value, bool) { in.at(key).get_to(value); });
+    visit(options, [&](const char* key, auto& value, bool) {
+      if (in.contains(key) || std::strcmp(key, "precision") != 0)  // older checkpoints have none
+        in.at(key).get_to(value);
+    });
     options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;
     options.pooling = in.at("pooling") == "last" ? Pooling::last : Pooling::mean;
   } catch (const json::exception& error) {

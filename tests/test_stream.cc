@@ -286,8 +286,8 @@ TEST(Stream, AutoBatchShrinksWithTheNetwork) {
   Config small, large;
   small.d = 64, small.e = 128;
   large.d = 1024, large.e = 2048;
-  EXPECT_GT(auto_batch(small), auto_batch(large));
-  EXPECT_GE(auto_batch(large), 64);
+  EXPECT_GT(auto_batch(small, Device{}), auto_batch(large, Device{}));
+  EXPECT_GE(auto_batch(large, Device{}), 64);
 }
 
 }  // namespace
