@@ -1,14 +1,16 @@
 // The ops of a Mamba at given shapes, with values: what tests/test_op_cases.cc checks (same bits
 // twice, any number of threads, NaN passes through) and `coil bench ops` times. A second backend is
-// tested against the first with it.
+// tested against the first with it (tests/test_cuda.cc): both get the same values.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "kernels/error.h"
 #include "kernels/ops.h"
 
 namespace coil {
@@ -16,13 +18,15 @@ namespace coil {
 struct OpShape {
   int64_t d = 256, e = 512, n = 16, r = 16, w = 4, v = 16;
   std::vector<Piece> pieces = {{.length = 2048}};
+  // bf16: activations and matrices are numbers of bf16, kept so where the device computes in it.
+  DType matrices = DType::f32;
 };
 
 struct OpCase {
   std::string name;
   double flops = 0, bytes = 0;  // of arithmetic; read and written, each operand once
-  std::vector<View> inputs;     // f32
-  std::vector<View> outputs;    // f32 or f64; written, or added to
+  std::vector<View> inputs;     // on a CPU f32
+  std::vector<View> outputs;    // written, or added to
   std::function<void(Backend&)> run;
 };
 
@@ -35,18 +39,34 @@ class OpCases {
   using Shape = std::initializer_list<int64_t>;
   // Values from a fixed sequence, uniform within ±sqrt(3) * scale + offset.
   View values(Shape shape, float scale = 1, float offset = 0) {
-    const View view = add(DType::f32, shape);
-    for (int64_t i = 0; i < view.count(); ++i) {
+    return filled(DType::f32, shape, scale, offset, false);
+  }
+  // The same as activations or matrices.
+  View activations(Shape shape, float scale = 1, float offset = 0) {
+    return filled(act_, shape, scale, offset, shape_.matrices == DType::bf16);
+  }
+  View filled(DType dtype, Shape shape, float scale, float offset, bool rounded) {
+    const View view = add(dtype, shape);
+    std::vector<float> host(view.count());
+    for (float& value : host) {
       random_ = random_ * 6364136223846793005ULL + 1442695040888963407ULL;
       const double uniform = static_cast<double>(random_ >> 11) / (uint64_t{1} << 53);
-      view.as<float>()[i] = static_cast<float>((uniform - 0.5) * std::sqrt(12.)) * scale + offset;
+      value = static_cast<float>((uniform - 0.5) * std::sqrt(12.)) * scale + offset;
+      if (rounded) {  // to bf16; which of two equally near matters to nobody
+        const uint32_t bits = std::bit_cast<uint32_t>(value) + 0x8000;
+        value = std::bit_cast<float>(bits & 0xffff0000u);
+      }
     }
+    backend_.copy(host_view(host.data(), DType::f32, shape), view);
+    backend_.sync();
     return view;
   }
   View ids(int64_t count, int64_t below) {
     const View view = add(DType::i32, {count});
-    for (int64_t i = 0; i < count; ++i)
-      view.as<int32_t>()[i] = static_cast<int32_t>(i * 7 % 13 % below);
+    std::vector<int32_t> host(count);
+    for (int64_t i = 0; i < count; ++i) host[i] = static_cast<int32_t>(i * 7 % 13 % below);
+    backend_.copy(host_view(host.data(), DType::i32, {count}), view);
+    backend_.sync();
     return view;
   }
   View add(DType dtype, Shape shape) {
@@ -64,6 +84,7 @@ class OpCases {
   }
   void add_gemm(const std::string& name, int64_t m, int64_t n, int64_t k, bool ta, bool tb,
                 float beta);
+  bool on_cpu() const { return backend_.device().kind == Device::Kind::cpu; }
   void add_dense();
   void add_products();
   void add_decode();
@@ -71,6 +92,7 @@ class OpCases {
 
   Backend& backend_;
   OpShape shape_;
+  DType act_;  // of activations
   Rows rows_;
   int64_t t_;
   uint64_t random_ = 1;
@@ -78,7 +100,11 @@ class OpCases {
 };
 
 inline OpCases::OpCases(Backend& backend, const OpShape& shape)
-    : backend_(backend), shape_(shape), rows_(backend, shape.pieces), t_(rows_.total()) {
+    : backend_(backend),
+      shape_(shape),
+      act_(backend.activations(shape.matrices)),
+      rows_(backend, shape.pieces),
+      t_(rows_.total()) {
   add_products();
   add_decode();
   add_dense();
@@ -88,14 +114,15 @@ inline OpCases::OpCases(Backend& backend, const OpShape& shape)
 inline void OpCases::add_gemm(const std::string& name, int64_t m, int64_t n, int64_t k, bool ta,
                               bool tb, float beta) {
   const float scale = 1 / std::sqrt(static_cast<float>(k));
-  const View a = ta ? values({k, m}) : values({m, k}), c = values({m, n});
-  const View b = tb ? values({n, k}, scale) : values({k, n}, scale);
+  const View a = ta ? activations({k, m}) : activations({m, k});
+  const View c = ta ? values({m, n}) : activations({m, n});  // gradients of weights are f32
+  const View b = tb ? activations({n, k}, scale) : activations({k, n}, scale);
   add("gemm " + name, 2. * m * n * k, {a, b}, {c},
       [=](Backend& on) { on.run(Gemm{.a = a, .b = b, .c = c, .ta = ta, .tb = tb, .beta = beta}); });
 }
 
 inline void OpCases::add_products() {
-  const auto [d, e, n, r, w, v, pieces] = shape_;
+  const auto [d, e, n, r, w, v, pieces, matrices] = shape_;
   const int64_t x = r + 2 * n;
   struct Layer {
     const char* name;
@@ -108,6 +135,7 @@ inline void OpCases::add_products() {
     add_gemm(std::string(name) + " dx", t_, in, out, false, false, 0);
     add_gemm(std::string(name) + " dweight", out, in, t_, true, false, 1);
   }
+  if (!on_cpu()) return;  // f32 activations beside bf16 matrices are a CPU's
   const View a = values({t_, d}), b = values({2 * e, d}, 1 / std::sqrt(static_cast<float>(d)));
   const View c = values({t_, 2 * e}), half = add(DType::bf16, {2 * e, d});
   backend_.copy(b, half);
@@ -121,11 +149,12 @@ inline void OpCases::add_products() {
 inline void OpCases::add_decode() {
   constexpr int64_t kCopies = 12;
   const int64_t out = 2 * shape_.e, in = shape_.d;
-  const View a = values({1, in}), c = values({1, out});
+  const View a = activations({1, in}), c = activations({1, out});
   const View weights = values({kCopies, out, in}, 1 / std::sqrt(static_cast<float>(in)));
   const View half = add(DType::bf16, {kCopies, out, in});
   backend_.copy(weights, half);
   for (const View& all : {weights, half}) {
+    if (!on_cpu() && all.dtype != act_) continue;
     const auto next = std::make_shared<int64_t>(0);
     add(
         all.dtype == DType::f32 ? "gemm in_proj one row" : "gemm in_proj one row bf16",
@@ -139,32 +168,37 @@ inline void OpCases::add_decode() {
 }
 
 inline void OpCases::add_dense() {
-  const auto [d, e, n, r, w, v, pieces] = shape_;
+  const auto [d, e, n, r, w, v, pieces, matrices] = shape_;
   const int64_t t = t_, m = rows_.finished();
-  const View x = values({t, d}), residual = values({t, d}), y = values({t, d}),
+  const View x = activations({t, d}), residual = values({t, d}), y = activations({t, d}),
              sum = values({t, d});
   const View weight = values({d}, 0.1f, 1), rstd = values({t}, 0.1f, 1), dweight = values({d});
-  add("copy", 0, {x}, {y}, [=](Backend& on) { on.copy(x, y); });
+  add("copy", 0, {residual}, {sum}, [=](Backend& on) { on.copy(residual, sum); });
   add("norm", 4. * t * d, {x, residual, weight}, {y, sum}, [=](Backend& on) {
     on.run(Norm{.x = x, .residual = residual, .weight = weight, .y = y, .residual_out = sum});
   });
-  add("norm backward", 9. * t * d, {x, weight, rstd, residual, sum}, {y, dweight},
+  const View total_in = values({t, d}), dresidual = values({t, d}), dx = values({t, d});
+  View rounded;
+  std::vector<View> outputs = {dx, dweight};
+  if (act_ != DType::f32) outputs.push_back(rounded = activations({t, d}));
+  add("norm backward", 9. * t * d, {total_in, weight, rstd, x, dresidual}, outputs,
       [=](Backend& on) {
-        on.run(NormBackward{.x = x,
+        on.run(NormBackward{.x = total_in,
                             .weight = weight,
                             .rstd = rstd,
-                            .dy = residual,
-                            .dresidual = sum,
-                            .dx = y,
-                            .dweight = dweight});
+                            .dy = x,
+                            .dresidual = dresidual,
+                            .dx = dx,
+                            .dweight = dweight,
+                            .dx_act = rounded});
       });
   add("sum_rows", t * d, {x}, {dweight},
       [=](Backend& on) { on.run(SumRows{.x = x, .out = dweight}); });
-  const View codes = ids(t, v), table = values({v, d});
-  add("embed", 0, {table}, {y},
-      [=](Backend& on) { on.run(Embed{.ids = codes, .table = table, .y = y}); });
-  add("embed backward", t * d, {x}, {table},
-      [=](Backend& on) { on.run(EmbedBackward{.ids = codes, .dy = x, .dtable = table}); });
+  const View codes = ids(t, v), table = activations({v, d}), dtable = values({v, d});
+  add("embed", 0, {table}, {sum},
+      [=](Backend& on) { on.run(Embed{.ids = codes, .table = table, .y = sum}); });
+  add("embed backward", t * d, {residual}, {dtable},
+      [=](Backend& on) { on.run(EmbedBackward{.ids = codes, .dy = residual, .dtable = dtable}); });
   const View pooled = values({m, d});
   const Rows* rows = &rows_;
   View sums;
@@ -177,7 +211,7 @@ inline void OpCases::add_dense() {
   add("pool mean", t * d, {x}, pool_out, [=](Backend& on) {
     on.run(Pool{.x = x, .y = pooled, .state = sums, .rows = rows, .pooling = Pooling::mean});
   });
-  const View logits = values({t, v}, 3), dlogits = values({t, v}), loss = values({t});
+  const View logits = values({t, v}, 3), dlogits = activations({t, v}), loss = values({t});
   const View targets = ids(t, v);
   add("cross_entropy", 5. * t * v, {logits}, {loss, dlogits}, [=](Backend& on) {
     on.run(CrossEntropy{.logits = logits, .targets = targets, .loss = loss, .dlogits = dlogits});
@@ -193,11 +227,11 @@ inline void OpCases::add_dense() {
 }
 
 inline void OpCases::add_sequence() {
-  const auto [d, e, n, r, w, v, pieces] = shape_;
+  const auto [d, e, n, r, w, v, pieces, matrices] = shape_;
   const int64_t t = t_, slots = rows_.slots();
   const Rows* rows = &rows_;
-  const View xz = values({t, 2 * e}), x = xz.columns(0, e), z = xz.columns(e, e);
-  const View taps = values({e, w}, 0.5f), bias = values({e}), conv = values({t, e});
+  const View xz = activations({t, 2 * e}), x = xz.columns(0, e), z = xz.columns(e, e);
+  const View taps = values({e, w}, 0.5f), bias = values({e}), conv = activations({t, e});
   View tail, dtail;
   if (slots > 0) tail = values({slots, w - 1, e}), dtail = values({slots, w - 1, e});
   const auto with = [](std::vector<View> views, const View& optional) {
@@ -207,7 +241,7 @@ inline void OpCases::add_sequence() {
   add("conv1d", 2. * t * e * w, {taps, bias, x}, with({conv}, tail), [=](Backend& on) {
     on.run(Conv1d{.x = x, .weight = taps, .y = conv, .bias = bias, .state = tail, .rows = rows});
   });
-  const View dconv = values({t, e}), dxz = values({t, 2 * e});
+  const View dconv = activations({t, e}), dxz = activations({t, 2 * e});
   const View dtaps = values({e, w}), dbias = values({e});
   add("conv1d backward", 6. * t * e * w, {taps, bias, x, dconv},
       with({dxz.columns(0, e), dtaps, dbias}, dtail), [=](Backend& on) {
@@ -223,12 +257,17 @@ inline void OpCases::add_sequence() {
                               .rows = rows});
       });
 
-  const View dbc = values({t, r + 2 * n}), B = dbc.columns(r, n), C = dbc.columns(r + n, n);
-  const View ddbc = values({t, r + 2 * n}), dB = ddbc.columns(r, n), dC = ddbc.columns(r + n, n);
-  const View u = values({t, e}), dt = values({t, e}), y = values({t, e}), dy = values({t, e});
-  const View A_log = values({e, n}), D = values({e}), dt_bias = values({e}, 0.5f, -4);
+  const View dbc = activations({t, r + 2 * n}), B = dbc.columns(r, n), C = dbc.columns(r + n, n);
+  const View ddbc = activations({t, r + 2 * n}), dB = ddbc.columns(r, n),
+             dC = ddbc.columns(r + n, n);
+  const View u = activations({t, e}), dt = activations({t, e}), y = activations({t, e}),
+             dy = activations({t, e});
+  const View A_log = add(DType::f32, {e, n}), D = values({e}), dt_bias = values({e}, 0.5f, -4);
+  std::vector<float> log_rates(e * n);
   for (int64_t i = 0; i < e * n; ++i)
-    A_log.as<float>()[i] = static_cast<float>(std::log(1. + static_cast<double>(i % n)));
+    log_rates[i] = static_cast<float>(std::log(1. + static_cast<double>(i % n)));
+  backend_.copy(host_view(log_rates.data(), DType::f32, {e, n}), A_log);
+  backend_.sync();
   View h, dh;
   if (slots > 0) h = values({slots, e, n}), dh = values({slots, e, n});
   const View checkpoints = values({scan_checkpoints(backend_, rows_), e, n});
@@ -252,7 +291,7 @@ inline void OpCases::add_sequence() {
   add("selective_scan for training", 7 * steps, {u, dt, A_log, B, C, D, dt_bias, z},
       with({y, checkpoints}, h), [=](Backend& on) { on.run(keeping); });
   backend_.run(keeping);  // backward reads its checkpoints
-  const View du = values({t, e}), ddt = values({t, e});
+  const View du = activations({t, e}), ddt = activations({t, e});
   const View dA_log = values({e, n}), dD = values({e}), ddt_bias = values({e});
   const SelectiveScanBackward backward{.x = u,
                                        .dt = dt,

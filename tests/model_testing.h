@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "model/head.h"
+#include "tests/test_device.h"
 
 namespace coil {
 
@@ -45,8 +46,13 @@ inline Model random_model(Backend& backend, const Config& config, uint64_t seed)
   for (const Param& param : declare(model)) {
     const double scale = param.info.init == Init::embedding ? 1 : 0.2;
     const double mean = param.info.init == Init::dt_bias ? 3 : 0;
-    for (float& value : param.tensor->span<float>())
-      value += static_cast<float>(mean + scale * random.normal());
+    std::vector<float> values = values_of(backend, *param.tensor);
+    for (float& value : values) value += static_cast<float>(mean + scale * random.normal());
+    View host = param.tensor->view();  // same shape, other memory
+    host.data = values.data();
+    host.device = Device{};
+    backend.copy(host, *param.tensor);
+    backend.sync();
   }
   return model;
 }
@@ -62,14 +68,13 @@ inline View ids_view(std::vector<int32_t>& ids) {
   return host_view(ids.data(), DType::i32, {static_cast<int64_t>(ids.size())});
 }
 
-inline std::vector<float> values_of(const View& view) {
-  return {view.as<float>(), view.as<float>() + view.count()};
-}
-
 inline Tensor random_tensor(Backend& backend, std::initializer_list<int64_t> shape, uint64_t seed) {
   Tensor tensor(backend, DType::f32, shape);
   Philox random(seed, 3, 0);
-  for (float& value : tensor.span<float>()) value = static_cast<float>(random.normal());
+  std::vector<float> values(tensor.count());
+  for (float& value : values) value = static_cast<float>(random.normal());
+  backend.copy(host_view(values.data(), DType::f32, shape), tensor);
+  backend.sync();
   return tensor;
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 std::vector<float> hidden_of(Backend& backend, const Model& model, std::vector<int32_t> ids) {
   const Rows rows = Rows::equal(backend, 1, static_cast<int64_t>(ids.size()));
-  return values_of(hidden(backend, model, ids_view(ids), rows, nullptr));
+  return values_of(backend, hidden(backend, model, ids_view(ids), rows, nullptr));
 }
 
 std::vector<float> hidden_in_chunks(Backend& backend, const Model& model,
@@ -32,7 +32,8 @@ std::vector<float> hidden_in_chunks(Backend& backend, const Model& model,
                                .from = begin == 0 ? -1 : slot ^ 1,
                                .to = slot,
                                .last = begin + length == total}});
-    const std::vector<float> h = values_of(hidden(backend, model, ids_view(part), rows, &state));
+    const std::vector<float> h =
+        values_of(backend, hidden(backend, model, ids_view(part), rows, &state));
     all.insert(all.end(), h.begin(), h.end());
   }
   return all;
@@ -40,8 +41,13 @@ std::vector<float> hidden_in_chunks(Backend& backend, const Model& model,
 
 class EitherModel : public ::testing::TestWithParam<bool> {
  protected:
-  std::unique_ptr<Backend> backend_ = make_cpu_backend();
-  Model model_ = random_model(*backend_, small_config(GetParam()), 17);
+  void SetUp() override {
+    COIL_NEEDS_TEST_DEVICE();
+    backend_ = make_test_backend();
+    model_ = random_model(*backend_, small_config(GetParam()), 17);
+  }
+  std::unique_ptr<Backend> backend_;
+  Model model_;
 };
 INSTANTIATE_TEST_SUITE_P(Backbone, EitherModel, ::testing::Bool(),
                          [](const auto& info) { return info.param ? "falcon_mamba" : "mamba"; });
@@ -77,9 +83,10 @@ TEST_P(EitherModel, AloneIsAmongOthers) {
       ids.insert(ids.end(), sequences[i].begin() + from, sequences[i].begin() + from + length);
     }
     const Rows rows(*backend_, pieces);
-    const Tensor h = hidden(*backend_, model_, ids_view(ids), rows, &state);
+    const std::vector<float> h =
+        values_of(*backend_, hidden(*backend_, model_, ids_view(ids), rows, &state));
     for (size_t i = 0; i < lengths.size(); ++i) {
-      const float* begin = h.view().row<float>(pieces[i].begin);
+      const float* begin = h.data() + pieces[i].begin * d;
       together[i].insert(together[i].end(), begin, begin + pieces[i].length * d);
     }
   }
@@ -131,13 +138,17 @@ TEST_P(EitherModel, GradientThroughACarriedState) {
   const Tensor dx_first = model_.backbone.backward(
       backend, config, first, rows_first, dy.view().slice(0, cut), &dstate, parts.backbone);
 
-  EXPECT_LE(relative_difference(values_of(dx_first), values_of(dx.view().slice(0, cut))), 1e-5);
-  EXPECT_LE(relative_difference(values_of(dx_second), values_of(dx.view().slice(cut, total - cut))),
+  EXPECT_LE(relative_difference(values_of(backend, dx_first),
+                                values_of(backend, dx.view().slice(0, cut))),
+            1e-5);
+  EXPECT_LE(relative_difference(values_of(backend, dx_second),
+                                values_of(backend, dx.view().slice(cut, total - cut))),
             1e-5);
   const std::vector<Param> expected = declare(whole), found = declare(parts);
   for (size_t i = 0; i < expected.size(); ++i) {
     if (!expected[i].info.name.starts_with("backbone.layers")) continue;
-    EXPECT_LE(relative_difference(values_of(*found[i].tensor), values_of(*expected[i].tensor)),
+    EXPECT_LE(relative_difference(values_of(backend, *found[i].tensor),
+                                  values_of(backend, *expected[i].tensor)),
               2e-5)
         << expected[i].info.name;
   }
@@ -161,7 +172,7 @@ TEST_P(EitherModel, SameBitsTwice) {
     batch_loss(*backend_, model_, ids_view(ids), rows, ids_view(targets), View{}, grad);
   const std::vector<Param> a = declare(first), b = declare(second);
   for (size_t i = 0; i < a.size(); ++i)
-    EXPECT_TRUE(same_bits(a[i].tensor->span<float>(), b[i].tensor->span<float>()))
+    EXPECT_TRUE(same_bits(values_of(*backend_, *a[i].tensor), values_of(*backend_, *b[i].tensor)))
         << a[i].info.name;
   EXPECT_TRUE(same_bits(hidden_of(*backend_, model_, ids), hidden_of(*backend_, model_, ids)));
 }

@@ -16,6 +16,7 @@
 #include "kernels/error.h"
 #include "model/optimizer.h"
 #include "model/safetensors.h"
+#include "tests/test_device.h"
 
 namespace coil {
 namespace {
@@ -44,7 +45,7 @@ std::string model_type(const fs::path& folder) {
 struct Case {
   explicit Case(const fs::path& folder)
       : name(folder.filename().string()),
-        backend(make_cpu_backend()),
+        backend(make_test_backend()),
         model(load_model(*backend, folder.string())),
         golden((folder / "golden.safetensors").string()),
         b(golden.info("input_ids").shape.at(0)),
@@ -68,22 +69,26 @@ struct Case {
   std::vector<int32_t> ids, targets;  // (b * t); the next id, -1 at the end of a sequence
 };
 
-double largest_difference(const Tensor& tensor, const std::vector<float>& expected) {
-  EXPECT_EQ(tensor.count(), static_cast<int64_t>(expected.size()));
+double largest_difference(Backend& backend, const Tensor& tensor,
+                          const std::vector<float>& expected) {
+  const std::vector<float> values = values_of(backend, tensor);
+  EXPECT_EQ(values.size(), expected.size());
   double most = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
-    const double difference = std::fabs(static_cast<double>(tensor.as<float>()[i]) - expected[i]);
+    const double difference = std::fabs(static_cast<double>(values[i]) - expected[i]);
     if (!(difference <= most)) most = difference;  // keeps NaN
   }
   return most;
 }
 
 // |a - b| / |b|, L2.
-double relative_difference(const Tensor& tensor, const std::vector<float>& expected) {
-  EXPECT_EQ(tensor.count(), static_cast<int64_t>(expected.size()));
+double relative_difference(Backend& backend, const Tensor& tensor,
+                           const std::vector<float>& expected) {
+  const std::vector<float> values = values_of(backend, tensor);
+  EXPECT_EQ(values.size(), expected.size());
   double difference = 0, norm = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
-    const double delta = static_cast<double>(tensor.as<float>()[i]) - expected[i];
+    const double delta = static_cast<double>(values[i]) - expected[i];
     difference += delta * delta;
     norm += static_cast<double>(expected[i]) * expected[i];
   }
@@ -93,6 +98,7 @@ double relative_difference(const Tensor& tensor, const std::vector<float>& expec
 class Golden : public ::testing::Test {
  protected:
   void SetUp() override {
+    COIL_NEEDS_TEST_DEVICE();
     if (!fs::is_directory(golden_folder()))
       GTEST_SKIP() << "no folder " << golden_folder().string() << " (COIL_GOLDEN)";
     const std::set<std::string> skips = expected_skips();
@@ -125,8 +131,9 @@ TEST_F(Golden, HiddenLogitsAndLoss) {
       EXPECT_EQ(found.weight, static_cast<double>(c.b * (c.t - 1)));
       return found.sum / found.weight;
     }();
-    const double hidden_error = largest_difference(h, c.golden.read_f32("hidden"));
-    const double logits_error = largest_difference(logits, c.golden.read_f32("logits_f64"));
+    const double hidden_error = largest_difference(*c.backend, h, c.golden.read_f32("hidden"));
+    const double logits_error =
+        largest_difference(*c.backend, logits, c.golden.read_f32("logits_f64"));
     const double loss_error = std::fabs(loss - c.golden.read_f32("loss").at(0));
     fmt::print(
         "[ golden   ] {}: largest difference: hidden {:.1e}, logits {:.1e} (of f64), loss {:.1e}\n",
@@ -146,8 +153,8 @@ TEST_F(Golden, EveryGradient) {
     std::set<std::string> compared;
     double worst = 0;
     for (const Param& param : declare(grad)) {
-      const double error =
-          relative_difference(*param.tensor, c.golden.read_f32("grad." + param.info.name));
+      const double error = relative_difference(*c.backend, *param.tensor,
+                                               c.golden.read_f32("grad." + param.info.name));
       EXPECT_LE(error, 1e-4) << param.info.name;
       worst = std::max(worst, error);
       compared.insert("grad." + param.info.name);
@@ -181,8 +188,8 @@ TEST_F(Golden, TenSteps) {
       EXPECT_NEAR(norm, norms[step], 2e-4 * norms[step]) << "step " << step;
     }
     for (const Param& param : declare(c.model)) {
-      const double error =
-          largest_difference(*param.tensor, c.golden.read_f32("train." + param.info.name));
+      const double error = largest_difference(*c.backend, *param.tensor,
+                                              c.golden.read_f32("train." + param.info.name));
       EXPECT_LE(error, 1e-3) << param.info.name;
       worst_weight = std::max(worst_weight, error);
     }
@@ -223,12 +230,12 @@ TEST_F(Golden, GreedyContinuation) {
       }
       const Rows rows(backend, pieces);
       const View view = host_view(ids.data(), DType::i32, {rows.total()});
-      const Tensor logits =
-          lm_logits(backend, c.model, hidden(backend, c.model, view, rows, &state));
+      const std::vector<float> logits = values_of(
+          backend, lm_logits(backend, c.model, hidden(backend, c.model, view, rows, &state)));
       position += length;
       if (position < c.t) continue;
       for (int64_t i = 0; i < c.b; ++i) {
-        const float* last = logits.view().row<float>((i + 1) * length - 1);
+        const float* last = logits.data() + ((i + 1) * length - 1) * v;
         sequences[static_cast<size_t>(i)].push_back(
             static_cast<int32_t>(std::max_element(last, last + v) - last));
       }

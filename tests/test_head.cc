@@ -107,7 +107,9 @@ TEST_P(Classifier, ScaleAndAccumulation) {
   for (int i = 0; i < 2; ++i) loss(&twice, nullptr, 0.5);
   const std::vector<Param> a = declare(once), b = declare(twice);
   for (size_t i = 0; i < a.size(); ++i)
-    EXPECT_LE(relative_difference(values_of(*b[i].tensor), values_of(*a[i].tensor)), 1e-5)
+    EXPECT_LE(
+        relative_difference(values_of(*backend_, *b[i].tensor), values_of(*backend_, *a[i].tensor)),
+        1e-5)
         << a[i].info.name;
   // The logits that come back are logits, not their gradient.
   Tensor again;
@@ -141,7 +143,7 @@ TEST_P(Classifier, LogitsOfARecordInPieces) {
       const Tensor h = hidden(*backend_, model_, ids_view(ids).slice(begin, length), rows, &state);
       const Tensor part = class_logits(*backend_, model_, h, rows, &state);
       EXPECT_EQ(part.view().rows(), begin + length == 500 ? 1 : 0);
-      if (part.view().rows() > 0) logits = values_of(part);
+      if (part.view().rows() > 0) logits = values_of(*backend_, part);
     }
     return logits;
   };
@@ -189,7 +191,8 @@ TEST_F(OptimizerTest, ANormThatIsNotFiniteChangesNothing) {
     std::vector<std::vector<float>> before, after;
     auto record = [&](std::vector<std::vector<float>>& into) {
       for (Model* model : {&model_, &optimizer.m, &optimizer.v})
-        for (const Param& param : declare(*model)) into.push_back(values_of(*param.tensor));
+        for (const Param& param : declare(*model))
+          into.push_back(values_of(*backend_, *param.tensor));
     };
     record(before);
     EXPECT_FALSE(std::isfinite(optimizer.step(*backend_, model_, grad_, 1e-3)));

@@ -86,7 +86,7 @@ TEST_F(Files, NamesOfOtherWritersAreRead) {
 
 TEST_F(Files, WrongTensorsAreRefusedByName) {
   Model model = random_model(*backend_, small_config(false), 34);
-  std::vector<float> other = values_of(model.embedding);
+  std::vector<float> other = values_of(*backend_, model.embedding);
   other[5] += 1;
   write_changed(model, "tied", [&](std::vector<NamedView>& tensors) {
     tensors.push_back({"lm_head.weight", host_view(other.data(), DType::f32, {11, 24})});
@@ -126,7 +126,8 @@ TEST_F(Files, Bf16MatricesAreNearF32) {
     std::vector<int32_t> ids = random_ids(300, model.config.vocab, 6);
     const Rows rows = Rows::equal(*backend_, 1, 300);
     auto logits = [&](const Model& m) {
-      return values_of(lm_logits(*backend_, m, hidden(*backend_, m, ids_view(ids), rows, nullptr)));
+      return values_of(*backend_,
+                       lm_logits(*backend_, m, hidden(*backend_, m, ids_view(ids), rows, nullptr)));
     };
     const double error = relative_difference(logits(half), logits(model));
     EXPECT_LE(error, 0.02);
@@ -142,7 +143,7 @@ TEST_F(Files, LoadMatchingTakesTheBackboneAndStartsTheHeadAnew) {
   Model lm = random_model(*backend_, small_config(false), 36);
   save_model(*backend_, lm, path("lm"));
   Model classifier = make_model(*backend_, classifier_config(Pooling::mean), 37);
-  const std::vector<float> score = values_of(classifier.score);
+  const std::vector<float> score = values_of(*backend_, classifier.score);
   const std::vector<std::string> taken = load_matching(*backend_, classifier, path("lm"));
   EXPECT_EQ(taken.size(), declare(lm).size());
   EXPECT_TRUE(same_bits(classifier.embedding.span<float>(), lm.embedding.span<float>()));

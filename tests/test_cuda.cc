@@ -1,0 +1,179 @@
+// Every case of op_cases.h on the GPU against the CPU backend: f32 to rounding, bf16 within its
+// own; ragged batches with states carried, forked and discarded, long sequences, decoding. The same
+// bits twice, also over many repeats at odd sizes, where an order between blocks that nothing
+// enforces would show.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "kernels/error.h"
+#include "kernels/op_cases.h"
+#include "tests/gradcheck.h"
+#include "tests/test_device.h"
+
+namespace coil {
+namespace {
+
+struct Shape {
+  const char* name;
+  OpShape shape;
+};
+
+std::vector<Piece> decoding(int64_t count) {
+  std::vector<Piece> pieces;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto slot = static_cast<int32_t>(i);
+    pieces.push_back({.begin = i, .length = 1, .from = slot, .to = slot, .last = false});
+  }
+  return pieces;
+}
+
+std::vector<Shape> shapes() {
+  return {
+      {"one", {.d = 64, .e = 128, .n = 16, .r = 4, .pieces = whole_pieces({1000})}},
+      {"ragged", {.d = 64, .e = 128, .n = 16, .r = 4, .v = 5, .pieces = ragged_pieces(5000)}},
+      {"odd", {.d = 37, .e = 75, .n = 11, .r = 5, .w = 3, .v = 23, .pieces = ragged_pieces(700)}},
+      {"states", {.d = 40, .e = 36, .n = 37, .r = 3, .w = 2, .pieces = ragged_pieces(300)}},
+      {"batch", {.d = 256, .e = 512, .n = 16, .pieces = whole_pieces({2048, 2048, 2048, 2048})}},
+      {"long", {.d = 32, .e = 64, .n = 16, .r = 2, .pieces = whole_pieces({100'000})}},
+      {"decode", {.d = 128, .e = 256, .n = 16, .r = 8, .pieces = decoding(64)}},
+      {"vocabulary", {.d = 32, .e = 64, .r = 2, .v = 5000, .pieces = whole_pieces({513, 1})}},
+  };
+}
+
+// Of an output as it was before a run, to be set again.
+struct Kept {
+  std::vector<double> values;
+  void restore(Backend& backend, const View& view) {
+    Tensor packed(backend, view.dtype, std::span<const int64_t>(view.size, view.rank));
+    backend.copy(host_view(values.data(), DType::f64, {view.count()}),
+                 packed.view().reshape({view.count()}));
+    backend.copy(packed, view);
+    backend.sync();
+  }
+};
+
+std::vector<std::vector<double>> run(Backend& backend, const OpCase& op) {
+  std::vector<Kept> before;
+  for (const View& view : op.outputs) before.push_back({values_of<double>(backend, view)});
+  op.run(backend);
+  std::vector<std::vector<double>> after;
+  for (const View& view : op.outputs) after.push_back(values_of<double>(backend, view));
+  for (size_t i = 0; i < before.size(); ++i) before[i].restore(backend, op.outputs[i]);
+  return after;
+}
+
+double relative(const std::vector<double>& found, const std::vector<double>& expected) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    difference += (found[i] - expected[i]) * (found[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(difference / std::max(norm, 1e-30));
+}
+
+bool is_private(const OpCase& op, size_t output) {  // checkpoints
+  return op.name == "selective_scan for training" && output == 1;
+}
+
+class Cuda : public testing::TestWithParam<DType> {
+ protected:
+  void SetUp() override {
+    COIL_NEEDS_TEST_DEVICE();
+    gpu = make_test_backend();
+  }
+  std::unique_ptr<Backend> cpu = make_cpu_backend(), gpu;
+};
+INSTANTIATE_TEST_SUITE_P(Types, Cuda, testing::Values(DType::f32, DType::bf16),
+                         [](const auto& info) { return name_of(info.param); });
+
+TEST_P(Cuda, EveryOpAgreesWithTheCpu) {
+  for (auto [name, shape] : shapes()) {
+    shape.matrices = GetParam();
+    const OpCases on_cpu(*cpu, shape), on_gpu(*gpu, shape);
+    double worst = 0;
+    std::string worst_op;
+    for (const OpCase& op : on_gpu.cases) {
+      const OpCase* twin = nullptr;
+      for (const OpCase& other : on_cpu.cases)
+        if (other.name == op.name || other.name + " bf16" == op.name) twin = &other;
+      ASSERT_TRUE(twin) << op.name;
+      if (op.name.find("one row") != std::string::npos && GetParam() == DType::bf16) continue;
+      const auto expected = run(*cpu, *twin), found = run(*gpu, op);
+      for (size_t i = 0; i < expected.size(); ++i) {
+        if (is_private(op, i)) continue;
+        ASSERT_EQ(found[i].size(), expected[i].size()) << op.name;
+        const double error = relative(found[i], expected[i]);
+        const bool rounded = GetParam() == DType::bf16;
+        EXPECT_LE(error, rounded ? 1e-2 : 2e-5)
+            << name << ", " << op.name << ", output " << i << " " << op.outputs[i].shape();
+        if (!(error <= worst)) worst = error, worst_op = op.name;
+      }
+      for (size_t i = expected.size(); i < found.size(); ++i) {  // dx once more, in bf16
+        EXPECT_LE(relative(found[i], expected[0]), 1e-2) << name << ", " << op.name;
+      }
+    }
+    fmt::print("[ cuda     ] {} {}: largest relative difference {:.1e} ({})\n", name,
+               name_of(GetParam()), worst, worst_op);
+  }
+}
+
+TEST_P(Cuda, SameBitsTwice) {
+  for (auto [name, shape] : shapes()) {
+    shape.matrices = GetParam();
+    const OpCases all(*gpu, shape);
+    for (const OpCase& op : all.cases) {
+      if (op.name.find("one row") != std::string::npos) continue;  // other weights every time
+      const auto first = run(*gpu, op), second = run(*gpu, op);
+      for (size_t i = 0; i < first.size(); ++i)
+        EXPECT_EQ(std::memcmp(first[i].data(), second[i].data(), first[i].size() * sizeof(double)),
+                  0)
+            << name << ", " << op.name << ", output " << i;
+    }
+  }
+}
+
+// Racecheck sees shared memory only.
+TEST_P(Cuda, SameBitsAThousandTimes) {
+  OpShape shape{.d = 72, .e = 150, .n = 16, .r = 5, .v = 7, .pieces = ragged_pieces(3001)};
+  shape.matrices = GetParam();
+  const OpCases all(*gpu, shape);
+  for (const OpCase& op : all.cases) {
+    if (op.name.starts_with("gemm")) continue;
+    const auto first = run(*gpu, op);
+    std::vector<Kept> before;
+    for (const View& view : op.outputs) before.push_back({values_of<double>(*gpu, view)});
+    for (int repeat = 0; repeat < 1000; ++repeat) op.run(*gpu);
+    for (size_t i = 0; i < before.size(); ++i) before[i].restore(*gpu, op.outputs[i]);
+    const auto last = run(*gpu, op);
+    for (size_t i = 0; i < first.size(); ++i)
+      EXPECT_EQ(std::memcmp(first[i].data(), last[i].data(), first[i].size() * sizeof(double)), 0)
+          << op.name << ", output " << i;
+  }
+}
+
+TEST_P(Cuda, HostMemoryIsRefusedNotRead) {
+  OpShape shape{.d = 32, .e = 64, .r = 2, .pieces = whole_pieces({10})};
+  const OpCases on_cpu(*cpu, shape);
+  for (const OpCase& op : on_cpu.cases) {
+    if (op.name == "gemm in_proj bf16") continue;
+    EXPECT_THROW(op.run(*gpu), Error) << op.name;
+  }
+  gpu->sync();
+}
+
+TEST_P(Cuda, MoreThanTheCardHoldsIsAnErrorThatSaysSo) {
+  try {
+    const Tensor all(*gpu, DType::u8, {int64_t{1} << 42});
+    FAIL() << "4 TB were allocated";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("out of memory"), std::string::npos) << error.what();
+  }
+  const Tensor some(*gpu, DType::u8, {1 << 20});
+  gpu->fill(some, 1);
+  gpu->sync();
+}
+
+}  // namespace
+}  // namespace coil
