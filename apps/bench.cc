@@ -6,12 +6,14 @@
 #include <chrono>
 #include <functional>
 #include <nlohmann/json.hpp>
+#include <optional>
 
 #include "apps/command.h"
 #include "kernels/error.h"
 #include "kernels/op_cases.h"
 #include "model/head.h"
 #include "model/optimizer.h"
+#include "pipelines/stream.h"
 
 namespace coil {
 namespace {
@@ -21,9 +23,9 @@ using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
   std::string what = "model";
-  Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{4096};
+  Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{0};
   double seconds = 2;
-  bool json = false;
+  bool json = false, train = true;
   CommonOptions common;
 };
 
@@ -39,9 +41,11 @@ po::options_description describe(BenchOptions& options) {
   size("vocab", options.vocab, "size of the vocabulary");
   size("length", options.length, "steps of a sequence");
   size("batch", options.batch, "sequences at once");
-  size("chunk", options.chunk, "steps of all sequences in one pass of prefill");
+  size("chunk", options.chunk,
+       "steps of all sequences in one pass of prefill; 0: as classify does");
   text.add_options()("seconds", po::value(&options.seconds)->default_value(options.seconds),
-                     "time for each figure of a model; an op takes a tenth")  //
+                     "time for each figure of a model; an op takes a tenth")                 //
+      ("no-training", po::bool_switch(), "leave training out, which needs the most memory")  //
       ("json", po::bool_switch(&options.json), "JSON instead of text");
   text.add(describe(options.common));
   return text;
@@ -51,20 +55,28 @@ struct Timing {
   double best = 0, median = 0;  // seconds
 };
 
-// Runs f once unmeasured, then for `seconds` and at least five times.
-Timing measure(double seconds, const std::function<void()>& f) {
+// Runs f once unmeasured, then for `seconds` and at least five times. A device is waited for.
+Timing measure(Backend& backend, double seconds, const std::function<void()>& f) {
   using Clock = std::chrono::steady_clock;
   std::vector<double> times;
   f();
+  backend.sync();
   double total = 0;
   while (times.size() < 5 || total < seconds) {
     const auto start = Clock::now();
     f();
+    backend.sync();
     times.push_back(std::chrono::duration<double>(Clock::now() - start).count());
     total += times.back();
   }
   std::sort(times.begin(), times.end());
   return {times.front(), times[times.size() / 2]};
+}
+
+std::string device_text(const Backend& backend) {
+  return backend.device().kind == Device::Kind::cpu
+             ? fmt::format("{} threads", backend.threads())
+             : fmt::format("cuda:{}", backend.device().index);
 }
 
 struct Limits {
@@ -73,19 +85,21 @@ struct Limits {
 
 // `bytes`: of the copy, like those of the operations, so that both lie in the same cache or in
 // none.
-Limits measure_limits(Backend& backend, int64_t bytes, double seconds) {
-  constexpr int64_t kSide = 768;
+Limits measure_limits(Backend& backend, int64_t bytes, DType matrices, double seconds) {
+  const bool cpu = backend.device().kind == Device::Kind::cpu;
+  const int64_t side = cpu ? 768 : 8192;
+  const DType type = backend.activations(matrices);
   Limits limits{};
   Tensor from(backend, DType::u8, {bytes}), to(backend, DType::u8, {bytes});
   backend.fill(from, 1);
-  limits.bytes =
-      2. * static_cast<double>(bytes) / measure(seconds, [&] { backend.copy(from, to); }).best;
-  Tensor a(backend, DType::f32, {kSide, kSide}), b(backend, DType::f32, {kSide, kSide});
-  Tensor c(backend, DType::f32, {kSide, kSide});
+  limits.bytes = 2. * static_cast<double>(bytes) /
+                 measure(backend, seconds, [&] { backend.copy(from, to); }).best;
+  Tensor a(backend, type, {side, side}), b(backend, type, {side, side});
+  Tensor c(backend, type, {side, side});
   backend.fill(a, 1);
   backend.fill(b, 1);
-  limits.flops = 2. * kSide * kSide * kSide /
-                 measure(seconds, [&] { backend.run(Gemm{.a = a, .b = b, .c = c}); }).best;
+  limits.flops = 2. * side * side * side /
+                 measure(backend, seconds, [&] { backend.run(Gemm{.a = a, .b = b, .c = c}); }).best;
   return limits;
 }
 
@@ -98,23 +112,25 @@ std::vector<Piece> sequences(int64_t count, int64_t length) {
 void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
   const double seconds = options.seconds / 10;
   const int64_t bytes = options.batch * options.length * 2 * options.d * 4;  // of x, (t, e)
-  const Limits limits = measure_limits(backend, bytes, seconds);
+  const DType matrices = matrix_dtype(options.common);
+  const Limits limits = measure_limits(backend, bytes, matrices, seconds);
   const OpShape shape{.d = options.d,
                       .e = 2 * options.d,
                       .r = std::max<int64_t>(1, options.d / 16),
                       .v = options.vocab,
-                      .pieces = sequences(options.batch, options.length)};
+                      .pieces = sequences(options.batch, options.length),
+                      .matrices = matrices};
   const OpCases all(backend, shape);
   Json list = Json::array();
   if (!options.json)
     out.write(fmt::format(
-        "{} threads · copy {:.1f} GB/s · f32 product {:.0f} GFLOP/s · {} x {} steps, d {}\n\n"
+        "{} · copy {:.1f} GB/s · {} product {:.0f} GFLOP/s · {} x {} steps, d {}\n\n"
         "{:<28}{:>10}{:>11}{:>8}{:>9}{:>9}\n",
-        backend.threads(), limits.bytes / 1e9, limits.flops / 1e9, options.batch.value,
-        options.length.value, options.d.value, "operation", "best ms", "median ms", "GB/s",
-        "GFLOP/s", "of limit"));
+        device_text(backend), limits.bytes / 1e9, name_of(backend.activations(matrices)),
+        limits.flops / 1e9, options.batch.value, options.length.value, options.d.value, "operation",
+        "best ms", "median ms", "GB/s", "GFLOP/s", "of limit"));
   for (const OpCase& op : all.cases) {
-    const Timing time = measure(seconds, [&] { op.run(backend); });
+    const Timing time = measure(backend, seconds, [&] { op.run(backend); });
     const double limit = std::max(op.bytes / limits.bytes, op.flops / limits.flops) / time.best;
     if (options.json)
       list.push_back({{"operation", op.name},
@@ -172,41 +188,48 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     Timing time;
   };
   std::vector<Figure> figures;
-  {
+  const DType matrices = matrix_dtype(options.common);
+  if (options.train) {
+    const DType computed = backend.activations(matrices);  // on a CPU training is in f32
     Model grad = zeros_like(backend, model),
           trained = make_model(backend, config, options.common.seed);
+    std::optional<Model> rounded;
+    if (computed != DType::f32) rounded = converted(backend, trained, computed);
     Optimizer optimizer(backend, trained, {});
     const Rows rows = Rows::equal(backend, batch, length);
-    figures.push_back(
-        {"training, f32", static_cast<double>(batch * length), measure(options.seconds, [&] {
-           batch_loss(backend, trained, ids_view(ids, batch * length), rows,
-                      ids_view(targets, batch * length), {}, &grad);
-           optimizer.step(backend, trained, grad, 1e-3);
-         })});
+    figures.push_back({computed == DType::f32 ? "training, f32" : "training, bf16",
+                       static_cast<double>(batch * length), measure(backend, options.seconds, [&] {
+                         batch_loss(backend, rounded ? *rounded : trained,
+                                    ids_view(ids, batch * length), rows,
+                                    ids_view(targets, batch * length), {}, &grad);
+                         optimizer.step(backend, trained, grad, 1e-3);
+                         if (rounded) copy_values(backend, trained, *rounded);
+                       })});
   }
-  model = converted(backend, model, matrix_dtype(options.common));
+  model = converted(backend, model, matrices);
   State state(backend, config, static_cast<int32_t>(batch));
-  const int64_t chunk = std::clamp<int64_t>(options.chunk / batch, 1, length);
-  figures.push_back({"prefill", static_cast<double>(batch * length), measure(options.seconds, [&] {
-                       for (int64_t begin = 0; begin < length; begin += chunk) {
-                         const int64_t steps = std::min(chunk, length - begin);
-                         const Rows rows =
-                             next_pieces(backend, batch, steps, begin, begin + steps == length);
-                         const Tensor h =
-                             hidden(backend, model, ids_view(ids, batch * steps), rows, &state);
-                         lm_logits(backend, model, h);
-                       }
-                     })});
+  const int64_t rows_at_once =
+      options.chunk > 0 ? options.chunk.value : auto_batch(config, backend.device());
+  const int64_t chunk = std::clamp<int64_t>(rows_at_once / batch, 1, length);
+  figures.push_back(
+      {"prefill", static_cast<double>(batch * length), measure(backend, options.seconds, [&] {
+         for (int64_t begin = 0; begin < length; begin += chunk) {
+           const int64_t steps = std::min(chunk, length - begin);
+           const Rows rows = next_pieces(backend, batch, steps, begin, begin + steps == length);
+           const Tensor h = hidden(backend, model, ids_view(ids, batch * steps), rows, &state);
+           lm_logits(backend, model, h);
+         }
+       })});
   constexpr int64_t kSteps = 16;  // of one repetition, timed together
   int64_t position = length;
-  figures.push_back({"decoding", static_cast<double>(batch * kSteps), measure(options.seconds, [&] {
-                       for (int64_t i = 0; i < kSteps; ++i) {
-                         const Rows rows = next_pieces(backend, batch, 1, position++, false);
-                         const Tensor h =
-                             hidden(backend, model, ids_view(ids, batch), rows, &state);
-                         lm_logits(backend, model, h);
-                       }
-                     })});
+  figures.push_back(
+      {"decoding", static_cast<double>(batch * kSteps), measure(backend, options.seconds, [&] {
+         for (int64_t i = 0; i < kSteps; ++i) {
+           const Rows rows = next_pieces(backend, batch, 1, position++, false);
+           const Tensor h = hidden(backend, model, ids_view(ids, batch), rows, &state);
+           lm_logits(backend, model, h);
+         }
+       })});
 
   if (options.json) {
     Json result = {{"threads", backend.threads()},
@@ -224,11 +247,10 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     return;
   }
   out.write(fmt::format(
-      "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {} "
-      "threads\n\n"
+      "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {}\n\n"
       "{:<16}{:>14}{:>16}\n",
       parameters(config), config.d, config.layers.size(), config.vocab, batch, length,
-      options.common.precision, backend.threads(), "", "best tokens/s", "median tokens/s"));
+      options.common.precision, device_text(backend), "", "best tokens/s", "median tokens/s"));
   for (const Figure& figure : figures)
     out.write(fmt::format("{:<16}{:>14.0f}{:>16.0f}\n", figure.name,
                           figure.tokens / figure.time.best, figure.tokens / figure.time.median));
@@ -248,11 +270,11 @@ int run_bench(int argc, char** argv) {
                                     {"--layers", options.layers},
                                     {"--vocab", options.vocab},
                                     {"--length", options.length},
-                                    {"--batch", options.batch},
-                                    {"--chunk", options.chunk}})
+                                    {"--batch", options.batch}})
     if (value < 1) throw UsageError(fmt::format("{} is {}, expected 1 or more", name, value.value));
   if (options.what != "ops" && options.what != "model")
     throw UsageError(fmt::format("unknown benchmark '{}', expected ops or model", options.what));
+  options.train = !values["no-training"].as<bool>();
   const auto backend = make_backend(options.common);
   Output out("");
   (options.what == "ops" ? bench_ops : bench_model)(*backend, options, out);

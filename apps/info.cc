@@ -114,7 +114,8 @@ MemoryRequest request_of(const InfoOptions& options, const Config& config) {
           .sequences = options.batch,
           .chunk = chunk,
           .matrices = matrix_dtype(options.common),
-          .train = options.train};
+          .train = options.train,
+          .device = device_of(options.common)};
 }
 
 std::string text_of(const Config& config, const SafetensorsReader& reader,

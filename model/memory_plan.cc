@@ -11,8 +11,12 @@ namespace {
 // Allocates addresses that are never read or written, and computes nothing.
 class CountingBackend final : public Backend {
  public:
-  Device device() const override { return {}; }
+  explicit CountingBackend(Device device) : device_(device) {}
+  Device device() const override { return device_; }
   int threads() const override { return 1; }
+  DType activations(DType matrices) const override {
+    return device_.kind == Device::Kind::cpu ? DType::f32 : matrices;
+  }
   void* alloc(int64_t bytes) override {
     void* address = reinterpret_cast<void*>(next_);
     next_ += static_cast<uintptr_t>(bytes) + kAlignment;
@@ -51,6 +55,7 @@ class CountingBackend final : public Backend {
 
  private:
   static constexpr uintptr_t kAlignment = 64;
+  Device device_;
   uintptr_t next_ = 1 << 20;
   int64_t in_use_ = 0, peak_ = 0;
   std::unordered_map<void*, int64_t> blocks_;
@@ -76,7 +81,7 @@ void train(Backend& backend, const Model& model, const Rows& rows, Model& grad) 
       lm ? lm_logits(backend, model, h) : class_logits(backend, model, h, rows, nullptr);
   if (!lm) h = Tensor();
   const Tensor loss(backend, DType::f32, {logits.view().rows()});
-  const Tensor dh(backend, DType::f32, {rows.total(), model.config.d});
+  const Tensor dh(backend, activations(backend, model.backbone), {rows.total(), model.config.d});
   h = Tensor();
   logits = Tensor();
   model.backbone.backward(backend, model.config, saved, rows, dh, nullptr, grad.backbone);
@@ -91,7 +96,7 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
         "memory plan: expected 1 to 1,000,000 sequences and 1 to 2^36 steps in all, found {} of {} "
         "steps",
         request.sequences, request.length);
-  CountingBackend backend;
+  CountingBackend backend(request.device);
   MemoryPlan plan;
   Model model;
   model.config = config;

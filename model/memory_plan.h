@@ -13,6 +13,7 @@ struct MemoryRequest {
       0;  // most steps of a sequence in a batch; 0: the length. Training takes sequences whole
   DType matrices = DType::f32;
   bool train = false;
+  Device device;  // a GPU's activations have the type of the matrices
 };
 
 struct MemoryPlan {  // bytes
