@@ -4,8 +4,10 @@
 // enforces would show.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <random>
 
 #include "kernels/error.h"
 #include "kernels/op_cases.h"
@@ -173,6 +175,140 @@ TEST_P(Cuda, MoreThanTheCardHoldsIsAnErrorThatSaysSo) {
   const Tensor some(*gpu, DType::u8, {1 << 20});
   gpu->fill(some, 1);
   gpu->sync();
+}
+
+// Tensors of more than 2^31 elements: the last rows must be what the same op gives for them alone.
+class CudaLarge : public testing::Test {
+ protected:
+  static constexpr int64_t kRows = 1'100'000, kCols = 2048, kTail = 4000;
+  static_assert(kRows * kCols > int64_t{1} << 31);
+  void SetUp() override {
+    COIL_NEEDS_TEST_DEVICE();
+    gpu = make_test_backend();
+  }
+  // Random rows, repeated.
+  Tensor large(DType dtype, int64_t cols, float scale = 1) {
+    Tensor all(*gpu, dtype, {kRows, cols});
+    std::mt19937 random(5);
+    std::normal_distribution<float> draw(0, scale);
+    std::vector<float> host(10'007 * cols);
+    for (float& value : host) value = draw(random);
+    for (int64_t begin = 0; begin < kRows; begin += 10'007) {
+      const int64_t rows = std::min<int64_t>(10'007, kRows - begin);
+      gpu->copy(host_view(host.data(), DType::f32, {rows, cols}), all.view().slice(begin, rows));
+    }
+    gpu->sync();
+    return all;
+  }
+  Tensor small(std::initializer_list<int64_t> shape, float scale, float offset = 0) {
+    Tensor tensor(*gpu, DType::f32, shape);
+    std::mt19937 random(6);
+    std::normal_distribution<float> draw(offset, scale);
+    std::vector<float> host(tensor.count());
+    for (float& value : host) value = draw(random);
+    gpu->copy(host_view(host.data(), DType::f32, shape), tensor);
+    gpu->sync();
+    return tensor;
+  }
+  // The last `rows` rows of both.
+  void expect_same_tail(const View& a, const View& b, int64_t rows, double tolerance) {
+    const auto last = [&](const View& view) {
+      return values_of<double>(*gpu, view.slice(view.rows() - rows, rows));
+    };
+    EXPECT_LE(relative(last(a), last(b)), tolerance);
+  }
+  std::unique_ptr<Backend> gpu;
+};
+
+TEST_F(CudaLarge, Norm) {
+  const Tensor x = large(DType::bf16, kCols), weight = small({kCols}, 0.1f, 1);
+  const Tensor y(*gpu, DType::bf16, {kRows, kCols}), part(*gpu, DType::bf16, {kTail, kCols});
+  gpu->run(Norm{.x = x, .weight = weight, .y = y});
+  gpu->run(Norm{.x = x.view().slice(kRows - kTail, kTail), .weight = weight, .y = part});
+  expect_same_tail(y, part, kTail, 0);
+}
+
+TEST_F(CudaLarge, ProductAndSumOfRows) {
+  const Tensor a = large(DType::bf16, 64), b = large(DType::bf16, 64);
+  const View weight = b.view().slice(0, kCols);
+  const Tensor c(*gpu, DType::bf16, {kRows, kCols}), part(*gpu, DType::bf16, {kTail, kCols});
+  gpu->run(Gemm{.a = a, .b = weight, .c = c, .tb = true});
+  gpu->run(Gemm{.a = a.view().slice(kRows - kTail, kTail), .b = weight, .c = part, .tb = true});
+  expect_same_tail(c, part, kTail, 4e-3);
+  const Tensor sum(*gpu, DType::f32, {kCols}), head(*gpu, DType::f32, {kCols});
+  gpu->fill(sum, 0);
+  gpu->fill(head, 0);
+  gpu->run(SumRows{.x = c, .out = sum});
+  for (const auto& [begin, rows] :
+       {std::pair{int64_t{0}, kRows / 2}, {kRows / 2, kRows - kRows / 2}})
+    gpu->run(SumRows{.x = c.view().slice(begin, rows), .out = head});
+  EXPECT_LE(relative(values_of<double>(*gpu, sum), values_of<double>(*gpu, head)), 1e-4);
+}
+
+TEST_F(CudaLarge, ConvolutionAndScan) {
+  const int64_t e = kCols / 2, n = 16;
+  const Tensor xz = large(DType::bf16, kCols), weight = small({e, 4}, 0.5f), bias = small({e}, 1);
+  const View x = xz.view().columns(0, e), z = xz.view().columns(e, e);
+  const Tensor conv(*gpu, DType::bf16, {kRows, e}), part(*gpu, DType::bf16, {kTail, e});
+  const Rows all = Rows::equal(*gpu, 1, kRows), tail = Rows::equal(*gpu, 1, kTail);
+  const auto last = [&](const View& view) { return view.slice(kRows - kTail, kTail); };
+  gpu->run(Conv1d{.x = x, .weight = weight, .y = conv, .bias = bias, .rows = &all});
+  gpu->run(Conv1d{.x = last(x), .weight = weight, .y = part, .bias = bias, .rows = &tail});
+  expect_same_tail(conv, part, kTail - 3, 0);
+
+  const Tensor dbc = large(DType::bf16, 2 * n), A_log = small({e, n}, 0.3f, 1);
+  const Tensor D = small({e}, 1), dt_bias = small({e}, 0.1f, -2);
+  const View B = dbc.view().columns(0, n), C = dbc.view().columns(n, n);
+  const Tensor y(*gpu, DType::bf16, {kRows, e});
+  gpu->run(SelectiveScan{.x = conv,
+                         .dt = x,
+                         .A_log = A_log,
+                         .B = B,
+                         .C = C,
+                         .D = D,
+                         .dt_bias = dt_bias,
+                         .y = y,
+                         .z = z,
+                         .rows = &all});
+  gpu->run(SelectiveScan{.x = last(conv),
+                         .dt = last(x),
+                         .A_log = A_log,
+                         .B = last(B),
+                         .C = last(C),
+                         .D = D,
+                         .dt_bias = dt_bias,
+                         .y = part,
+                         .z = last(z),
+                         .rows = &tail});
+  // 3,000 steps on, the state has forgotten where it began.
+  expect_same_tail(y, part, kTail - 3000, 4e-3);
+}
+
+TEST_F(CudaLarge, EmbedPoolAndLoss) {
+  const Tensor table = small({7, kCols}, 1), y(*gpu, DType::f32, {kRows, kCols});
+  std::vector<int32_t> codes(kRows);
+  for (int64_t i = 0; i < kRows; ++i) codes[i] = static_cast<int32_t>(i * 5 % 7);
+  Tensor kept;
+  const View ids = brought(*gpu, host_view(codes.data(), DType::i32, {kRows}), kept);
+  gpu->run(Embed{.ids = ids, .table = table, .y = y});
+  const Tensor part(*gpu, DType::f32, {kTail, kCols});
+  gpu->run(Embed{.ids = ids.slice(kRows - kTail, kTail), .table = table, .y = part});
+  expect_same_tail(y, part, kTail, 0);
+
+  const Tensor loss(*gpu, DType::f32, {kRows}), last(*gpu, DType::f32, {kTail});
+  gpu->run(CrossEntropy{.logits = y, .targets = ids, .loss = loss});
+  gpu->run(CrossEntropy{.logits = part, .targets = ids.slice(kRows - kTail, kTail), .loss = last});
+  expect_same_tail(loss, last, kTail, 0);
+
+  const Rows all = Rows::equal(*gpu, 1, kRows);
+  const Tensor pooled(*gpu, DType::f32, {1, kCols});
+  gpu->run(Pool{.x = y, .y = pooled, .rows = &all});
+  const std::vector<double> found = values_of<double>(*gpu, pooled),
+                            rows = values_of<double>(*gpu, table);
+  std::vector<double> expected(kCols, 0);
+  for (const int32_t code : codes)
+    for (int64_t j = 0; j < 4; ++j) expected[j] += rows[code * kCols + j] / kRows;
+  for (int64_t j = 0; j < 4; ++j) EXPECT_NEAR(found[j], expected[j], 1e-6);
 }
 
 }  // namespace
