@@ -47,6 +47,18 @@ void sum_rows(const View& x, int64_t begin, int64_t end, float* block, float* to
   }
 }
 
+// to (k,n) = from (n,k) transposed, columns begin … end of `to`.
+void transpose(const View& from, int64_t begin, int64_t end, const View& to) {
+  constexpr int64_t kSide = 16;  // a cache line each way
+  const int64_t k = from.cols();
+  for (int64_t i = begin; i < end; i += kSide)
+    for (int64_t p = 0; p < k; p += kSide)
+      for (int64_t q = p; q < std::min(k, p + kSide); ++q) {
+        float* const row = to.row<float>(q);
+        for (int64_t j = i; j < std::min(end, i + kSide); ++j) row[j] = from.row<float>(j)[q];
+      }
+}
+
 // y = beta * y + x
 void scale_add(const float* x, float beta, int64_t count, float* y) {
   for_each(count, [=](auto tag, int64_t i) HWY_ATTR {
@@ -66,10 +78,14 @@ namespace coil {
 
 HWY_EXPORT(sum_rows);
 HWY_EXPORT(scale_add);
+HWY_EXPORT(transpose);
 
 namespace {
 
-constexpr int64_t kSkinnyRows = 16;            // of a bf16 product, up to which skinny.cc is faster
+constexpr int64_t kSkinnyRows = 16;  // of a bf16 product, up to which skinny.cc is faster
+// Of a product with transposed weights, from which turning them first pays: sgemm then runs at 98 %
+// of the machine's fastest product instead of 78 to 95 % (Zen 4, d 128 and d 256).
+constexpr int64_t kTransposeRows = 256;
 constexpr int64_t kParallel = 32 << 10;        // elements from which threads pay
 constexpr int64_t kParallelTerms = 128 << 10;  // multiplications from which they do
 constexpr int64_t kWidened = 1 << 20;          // elements of weights widened at a time
@@ -212,14 +228,23 @@ void CpuBackend::run(const Gemm& op) {
   }
   const bool small = n * k < kParallel && m * n * k < kParallelTerms;
   const ThreadCount threads(small ? 1 : threads_);
-  const auto multiply = [&](const View& b, const View& c) {
+  const auto multiply = [&](char tb, const View& b, const View& c) {
     const auto status =
-        dnnl_sgemm(op.ta ? 'T' : 'N', op.tb ? 'T' : 'N', m, c.cols(), k, op.alpha, op.a.as<float>(),
-                   leading(op.a), b.as<float>(), leading(b), beta, c.as<float>(), leading(c));
+        dnnl_sgemm(op.ta ? 'T' : 'N', tb, m, c.cols(), k, op.alpha, op.a.as<float>(), leading(op.a),
+                   b.as<float>(), leading(b), beta, c.as<float>(), leading(c));
     check(status == dnnl_success, "gemm: oneDNN gave status {} for ({}, {}, {})",
           static_cast<int>(status), m, c.cols(), k);
   };
-  if (!bf16) return multiply(op.b, op.c);
+  if (!bf16 && op.tb && m >= kTransposeRows) {
+    const Tensor turned(*this, DType::f32, {k, n});
+    const auto transpose_columns = &HWY_DYNAMIC_DISPATCH(transpose);
+    const int64_t blocks = (n + 15) / 16;
+#pragma omp parallel for num_threads(threads_) schedule(static) if (n * k >= kParallel)
+    for (int64_t i = 0; i < blocks; ++i)
+      transpose_columns(op.b, 16 * i, std::min(n, 16 * i + 16), turned);
+    return multiply('N', turned, op.c);
+  }
+  if (!bf16) return multiply(op.tb ? 'T' : 'N', op.b, op.c);
   if (products_->fast_bf16 && !op.ta) {
     const Tensor a(*this, DType::bf16, {m, k});
     copy(op.a, a);
@@ -236,7 +261,7 @@ void CpuBackend::run(const Gemm& op) {
                             : block.view().slice(0, width * k).reshape({k, width});
 #pragma omp parallel for num_threads(threads_) schedule(static) if (width * k >= kParallel)
     for (int64_t i = 0; i < b.rows(); ++i) widen(b.row<uint16_t>(i), b.cols(), wide.row<float>(i));
-    multiply(wide, op.c.columns(begin, width));
+    multiply(op.tb ? 'T' : 'N', wide, op.c.columns(begin, width));
   }
 }
 
