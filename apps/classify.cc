@@ -150,7 +150,12 @@ void check_combination(const Options& options) {
   if (options.input.paired && (!options.input.regions.empty() || !options.input.bed.empty())) {
     throw UsageError("--paired does not go with --region or --bed");
   }
+  check_is_no_input(options.out, options.input.inputs);
   if (options.tag_output.empty()) return;
+  check_is_no_input(options.tag_output, options.input.inputs);
+  if (link_target(options.tag_output) == link_target(options.out)) {
+    throw UsageError(fmt::format("-o and --tag-output are both '{}'", options.out));
+  }
   if (options.window != 0 || options.per_file || options.input.paired) {
     throw UsageError(
         "--tag-output gives one answer per alignment: it does not go with --window, --per-file or "
@@ -193,7 +198,7 @@ int run_classify(int argc, char** argv) {
   std::unique_ptr<TagWriter> tags;
   std::unique_ptr<Output> out;
   if (!options.tag_output.empty()) {
-    tags = std::make_unique<TagWriter>(options.input.inputs[0], options.tag_output,
+    tags = std::make_unique<TagWriter>(options.input.inputs[0], link_target(options.tag_output),
                                        options.input.alignment(), COIL_VERSION,
                                        command_line(argc, argv));
   }

@@ -7,6 +7,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <numeric>
@@ -214,23 +215,53 @@ bool parse(int argc, char** argv, const std::string& usage, const std::string& t
   return true;
 }
 
+std::string link_target(const std::string& path) {
+  namespace fs = std::filesystem;
+  fs::path at = path;
+  std::error_code error;
+  for (int links = 0; links < 40 && fs::is_symlink(at, error); ++links) {
+    const fs::path next = fs::read_symlink(at, error);
+    if (error) break;
+    at = next.is_absolute() ? next : at.parent_path() / next;
+  }
+  return at.string();
+}
+
+void check_is_no_input(const std::string& output, const std::vector<std::string>& inputs) {
+  std::error_code error;
+  for (const std::string& input : inputs)
+    if (output != "-" && input != "-" && std::filesystem::equivalent(output, input, error))
+      throw UsageError(
+          fmt::format("'{}' is read and would be written: name another output", output));
+}
+
 Output::Output(const std::string& path) : file_(stdout), path_(path) {
   if (path_.empty() || path_ == "-") {
-    path_ = "standard output";
+    name_ = "standard output";
     return;
   }
-  file_ = std::fopen(path_.c_str(), "we");
-  path_ = fmt::format("'{}'", path_);
-  check(file_ != nullptr, "cannot write {}: {}", path_, std::strerror(errno));
+  name_ = fmt::format("'{}'", path);
+  std::error_code error;
+  const auto kind = std::filesystem::status(path_, error).type();
+  const bool is_file =
+      kind == std::filesystem::file_type::regular || kind == std::filesystem::file_type::not_found;
+  if (is_file) {
+    path_ = link_target(path);
+    partial_ = path_ + ".tmp";
+  }
+  file_ = std::fopen(is_file ? partial_.c_str() : path_.c_str(), "we");
+  check(file_ != nullptr, "cannot write {}: {}", name_, std::strerror(errno));
 }
 
 Output::~Output() {
-  if (file_ && file_ != stdout) std::fclose(file_);
+  if (!file_ || file_ == stdout) return;
+  std::fclose(file_);
+  if (!partial_.empty()) unlink(partial_.c_str());
 }
 
 void Output::write(std::string_view text) {
   if (std::fwrite(text.data(), 1, text.size(), file_) != text.size())
-    fail("cannot write {}: {}", path_, std::strerror(errno));
+    fail("cannot write {}: {}", name_, std::strerror(errno));
 }
 
 void Output::close() {
@@ -239,8 +270,12 @@ void Output::close() {
   const bool failed = std::fflush(file) != 0 || std::ferror(file);
   const int reason = failed ? errno : 0;
   const bool close_failed = file != stdout && std::fclose(file) != 0;
-  check(!failed && !close_failed, "cannot write {}: {}", path_,
-        std::strerror(failed ? reason : errno));
+  const bool lost = failed || close_failed ||
+                    (!partial_.empty() && std::rename(partial_.c_str(), path_.c_str()) != 0);
+  if (!lost) return;
+  const int why = failed ? reason : errno;
+  if (!partial_.empty()) unlink(partial_.c_str());
+  fail("cannot write {}: {}", name_, std::strerror(why));
 }
 
 }  // namespace coil

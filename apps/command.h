@@ -66,8 +66,9 @@ bool parse(int argc, char** argv, const std::string& usage, const std::string& t
 // The name most like `word`, or "" where none is close.
 std::string nearest(const std::string& word, const std::vector<std::string>& names);
 
-// Standard output or a file: written through, flushed and checked (full disk, closed pipe) by
-// close().
+// Standard output or a file, flushed and checked (full disk, closed pipe) by close(). A file is
+// written as PATH.tmp and gets its name in close(): a run that fails leaves an earlier one as it
+// was. Devices and pipes are written straight to.
 class Output {
  public:
   explicit Output(const std::string& path);  // "" or "-": stdout
@@ -77,7 +78,12 @@ class Output {
 
  private:
   std::FILE* file_;
-  std::string path_;
+  std::string path_, partial_, name_;  // partial_: empty where there is none; name_: for messages
 };
+
+// What a path stands for: symbolic links are written through, not replaced.
+std::string link_target(const std::string& path);
+// Throws where `output` is one of the inputs.
+void check_is_no_input(const std::string& output, const std::vector<std::string>& inputs);
 
 }  // namespace coil

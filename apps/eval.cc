@@ -126,6 +126,7 @@ int run_eval(int argc, char** argv) {
   if (options.strands != "both" && options.strands != "forward")
     throw UsageError(fmt::format("--strands '{}': expected both or forward", options.strands));
 
+  check_is_no_input(options.out, options.data);
   const auto backend = make_backend(common);
   const Model model = load_model(*backend, options.model, matrix_dtype(common));
   const Config& config = model.config;

@@ -33,7 +33,7 @@ constexpr std::array<uint8_t, 16> kCodeOf = [] {
 class AlignmentReader final : public Source {
  public:
   AlignmentReader(const std::string& path, const AlignmentOptions& options)
-      : file_(path, options, true) {}
+      : file_(path, options) {}
 
   bool next(Segment& segment) override {
     if (position_ == length_) {
@@ -96,7 +96,7 @@ struct TagWriter::Impl {
       : mode(mode_of(out_path)),
         path(out_path),
         temporary(out_path + ".tmp"),
-        in(checked(in_path), options, false) {
+        in(checked(in_path), options) {
     if (mode[1] == 'c' && options.reference.empty())
       throw Error(fmt::format("{}: writing CRAM needs the reference", path),
                   "give the FASTA as --reference");

@@ -69,8 +69,7 @@ void set_reference(htsFile* file, const std::string& name, const std::string& re
         name, reference);
 }
 
-AlignmentFile::AlignmentFile(const std::string& path, const AlignmentOptions& options,
-                             bool bases_only)
+AlignmentFile::AlignmentFile(const std::string& path, const AlignmentOptions& options)
     : options_(options), name_(path == "-" ? "standard input" : path), record_(bam_init1()) {
   silence_htslib();
   keep_references_local();
@@ -85,8 +84,6 @@ AlignmentFile::AlignmentFile(const std::string& path, const AlignmentOptions& op
   if (format == cram) {
     set_reference(file_.get(), name_, options.reference);
     keep_local_places(file_.get());
-    if (bases_only)
-      hts_set_opt(file_.get(), CRAM_OPT_REQUIRED_FIELDS, SAM_QNAME | SAM_FLAG | SAM_SEQ);
   }
   header_.reset(sam_hdr_read(file_.get()));
   check(header_ != nullptr, "{}: the header is truncated or damaged", name_);

@@ -21,8 +21,8 @@ using HtsPointer = std::unique_ptr<T, CloseAlignments>;
 
 class AlignmentFile {
  public:
-  // bases_only: CRAM decodes names, flags and sequences, nothing else.
-  AlignmentFile(const std::string& path, const AlignmentOptions& options, bool bases_only);
+  // CRAM is decoded whole: a block that is not decoded is not checked either.
+  AlignmentFile(const std::string& path, const AlignmentOptions& options);
   bool read();           // the next record, of any kind; false at the end
   bool counted() const;  // the record is one of the source's: it gets an answer
   bam1_t* record() const { return record_.get(); }
