@@ -98,6 +98,9 @@ int run_convert(int argc, char** argv) {
              {"in", "out"}, false, values))
     return 0;
   check_options(options);
+  std::error_code error;
+  if (fs::exists(options.out, error) && !fs::is_empty(options.out, error))
+    throw Error(fmt::format("'{}' is not an empty folder", options.out), "name a new one");
 
   const std::unique_ptr<Backend> backend = make_cpu_backend(1);
   Model model =

@@ -209,6 +209,8 @@ int run_train(int argc, char** argv) {
     if (!parse_over(argc, argv, base, given)) return 0;
   }
   TrainOptions& options = given.options;
+  check(!options.resume || has_checkpoint(options.out) || !options.data.empty(),
+        "'{}' holds no run to resume", options.out);
   if (options.data.empty()) throw UsageError("no data to train on");
   if (matrix_dtype(given.common) == DType::bf16 &&
       device_of(given.common).kind == Device::Kind::cpu)

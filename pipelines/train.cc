@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
 
@@ -56,6 +57,31 @@ int64_t bases(std::span<const Example> items) {
   int64_t total = 0;
   for (const Example& item : items) total += item.length;
   return total;
+}
+
+void check_ranges(const TrainOptions& o) {
+  const auto within = [](const char* name, double value, double low, double high) {
+    if (!(value >= low && value <= high))
+      throw UsageError(fmt::format("--{}: expected {}, found {:g}", name,
+                                   std::isinf(high) ? fmt::format("{:g} or more", low)
+                                                    : fmt::format("{:g} to {:g}", low, high),
+                                   value));
+  };
+  constexpr double kAny = std::numeric_limits<double>::infinity();
+  within("d-model", static_cast<double>(o.d), 1, 1 << 16);
+  within("layers", static_cast<double>(o.layers), 1, 1 << 12);
+  within("state", static_cast<double>(o.n), 1, 1 << 12);
+  within("steps", static_cast<double>(o.steps), 0, kAny);
+  within("epochs", o.epochs, 0, kAny);
+  within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
+  within("lr", o.lr, 0, kAny);
+  within("min-lr", o.min_lr, 0, 1);
+  within("warmup", o.warmup, 0, 1);
+  within("weight-decay", o.weight_decay, 0, kAny);
+  within("clip", o.clip, 0, kAny);
+  within("mutate", o.mutate, 0, 1);
+  within("validation-fraction", o.validation_fraction, 0, 0.5);
+  within("max-minutes", o.max_minutes, 0, kAny);
 }
 
 // What a checkpoint keeps beside weights and moments.
@@ -148,10 +174,11 @@ void Trainer::read_data() {
   if (lm() && options_.max_length == 0) options_.max_length = kDefaultWindow;
   if (options_.max_length > 0 && options_.min_length == 0)
     options_.min_length = options_.max_length;
-  check(options_.min_length <= options_.max_length, "--min-length {} is more than --max-length {}",
-        options_.min_length, options_.max_length);
-  check(options_.validation_fraction >= 0 && options_.validation_fraction <= 0.5,
-        "--validation-fraction {} is not between 0 and 0.5", options_.validation_fraction);
+  if (options_.min_length > options_.max_length)
+    throw UsageError(options_.max_length == 0
+                         ? "--min-length needs --max-length: without it records are read whole"
+                         : fmt::format("--min-length {} is more than --max-length {}",
+                                       options_.min_length, options_.max_length));
   DatasetOptions dataset{.sequence_column = options_.sequence_column,
                          .label_column = options_.label_column,
                          .table = options_.table,
@@ -216,8 +243,9 @@ void Trainer::resolve() {
   const bool known = options_.metric == "loss" ||
                      (!lm() && (options_.metric == "mcc" || options_.metric == "accuracy" ||
                                 options_.metric == "auroc"));
-  check(known, "--metric {}: expected {}", options_.metric,
-        lm() ? "loss" : "mcc, accuracy, auroc or loss");
+  if (!known)
+    throw UsageError(fmt::format("--metric {}: expected {}", options_.metric,
+                                 lm() ? "loss" : "mcc, accuracy, auroc or loss"));
   if (options_.steps == 0) {
     const double tokens = options_.epochs * static_cast<double>(batches_->tokens());
     options_.steps = std::max<int64_t>(
@@ -231,6 +259,7 @@ void Trainer::resolve() {
 }
 
 void Trainer::begin() {
+  check_ranges(options_);
   check_folder();
   read_data();
   resolve();
@@ -354,7 +383,10 @@ int Trainer::loop() {
                       rate / 1000));
     }
   }
-  if (progress_.best_step >= 0)
+  if (parts_.held_out.empty())
+    say(fmt::format("no validation set: the model of step {} is kept: {}", progress_.best_step,
+                    options_.out));
+  else if (progress_.best_step >= 0)
     say(fmt::format("best {} {:.4f} at step {}: {}", options_.metric, progress_.best_metric,
                     progress_.best_step, options_.out));
   return 0;
