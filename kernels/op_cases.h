@@ -135,10 +135,10 @@ inline void OpCases::add_products() {
     add_gemm(std::string(name) + " dx", t_, in, out, false, false, 0);
     add_gemm(std::string(name) + " dweight", out, in, t_, true, false, 1);
   }
-  if (!on_cpu()) return;  // f32 activations beside bf16 matrices are a CPU's
   const View a = values({t_, d}), b = values({2 * e, d}, 1 / std::sqrt(static_cast<float>(d)));
   const View c = values({t_, 2 * e}), half = add(DType::bf16, {2 * e, d});
   backend_.copy(b, half);
+  if (!on_cpu()) return;  // f32 activations beside bf16 matrices are a CPU's
   add(
       "gemm in_proj bf16", 4. * t_ * e * d, {a}, {c},
       [=](Backend& on) { on.run(Gemm{.a = a, .b = half, .c = c, .tb = true}); }, 4. * e * d);
@@ -180,7 +180,7 @@ inline void OpCases::add_dense() {
   const View total_in = values({t, d}), dresidual = values({t, d}), dx = values({t, d});
   View rounded;
   std::vector<View> outputs = {dx, dweight};
-  if (act_ != DType::f32) outputs.push_back(rounded = activations({t, d}));
+  if (act_ != DType::f32) outputs.push_back(rounded = add(act_, {t, d}));
   add("norm backward", 9. * t * d, {total_in, weight, rstd, x, dresidual}, outputs,
       [=](Backend& on) {
         on.run(NormBackward{.x = total_in,

@@ -37,14 +37,15 @@ struct Scan : ScanOperands<T> {
   }
 };
 
-// kLocal: from zero, no output but the end state and the sum of delta.
-template <class T, int kWidth, bool kLocal>
+// kLocal: from zero, no output but the end state and the sum of delta. kMany: of more states than a
+// thread holds, whose y comes in parts.
+template <class T, int kWidth, bool kLocal, bool kMany>
 __global__ void __launch_bounds__(kThreads, 3) scan_kernel(const Scan<T> op) {
   __shared__ float B[kStage][kStates], C[kStage][kStates];
   const int64_t tile = blockIdx.x;
   const ScanSpan span = span_of(op, tile);
   const int64_t channel = (blockIdx.y * static_cast<int64_t>(kThreads) + threadIdx.x) * kWidth;
-  const bool active = channel < op.e;
+  const bool active = channel < op.e, gate = !kLocal && op.z;
   const int states = op.states();
 
   float rate[kWidth][kStates], h[kWidth][kStates], bias[kWidth], D[kWidth], sum[kWidth];
@@ -65,40 +66,55 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(const Scan<T> op) {
     }
   }
 
+  // Where the next step stands, and how far the one after it: addresses are only ever added to.
+  const int64_t first_row = op.row(span.piece, span.begin), direction = op.reverse ? -1 : 1;
+  const T* x_at = op.x + first_row * op.x_stride + channel;
+  const T* dt_at = op.dt + first_row * op.dt_stride + channel;
+  const T* z_at = op.z + first_row * op.z_stride + channel;
+  T* y_at = op.y + first_row * op.y_stride + channel;
+  float* partial_at = kMany ? op.partial_y + first_row * op.e + channel : nullptr;
+  const int64_t x_step = direction * op.x_stride, dt_step = direction * op.dt_stride;
+  const int64_t z_step = direction * op.z_stride, y_step = direction * op.y_stride;
   for (int64_t staged = span.begin; staged < span.end; staged += kStage) {
     __syncthreads();
     stage(op, op.B, op.B_stride, span, staged, B);
     if (!kLocal) stage(op, op.C, op.C_stride, span, staged, C);
     __syncthreads();
     if (!active) continue;
-    for (int64_t begin = staged; begin < min(staged + kStage, span.end); begin += kScanSteps) {
+    for (int q = 0; q < kStage; q += kScanSteps) {
+      const int left =
+          static_cast<int>(min(span.end - staged - q, static_cast<int64_t>(kScanSteps)));
+      if (left <= 0) break;
       if (!kLocal && op.checkpoints) {
-        const int64_t index = op.first_checkpoint[span.p] + begin / kScanSteps;
-        float* const to = op.checkpoints + (index * op.n + op.group * kStates) * op.e + channel;
+        const int64_t index = op.first_checkpoint[span.p] + (staged + q) / kScanSteps;
+        float* to = op.checkpoints + (index * op.n + op.group * kStates) * op.e + channel;
 #pragma unroll
-        for (int i = 0; i < kStates; ++i)
+        for (int i = 0; i < kStates; ++i, to += op.e)
 #pragma unroll
           for (int w = 0; w < kWidth; ++w)
-            if (i < states) to[i * op.e + w] = h[w][i];
+            if (i < states) to[w] = h[w][i];
       }
+      // Past the end the last step is read again, and its delta set to 0: nothing changes.
       float x[kScanSteps][kWidth], dt[kScanSteps][kWidth], z[kScanSteps][kWidth];
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s) {
-        if (begin + s >= span.end) break;
-        const int64_t row = op.row(span.piece, begin + s);
-        load_channels(op.x + row * op.x_stride + channel, x[s]);
-        load_channels(op.dt + row * op.dt_stride + channel, dt[s]);
-        if (!kLocal && op.z) load_channels(op.z + row * op.z_stride + channel, z[s]);
+        load_channels(x_at, x[s]);
+        load_channels(dt_at, dt[s]);
+        if (gate) load_channels(z_at, z[s]);
+        if (s + 1 < left || s + 1 == kScanSteps) {
+          x_at += x_step;
+          dt_at += dt_step;
+          if (gate) z_at += z_step;
+        }
       }
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s) {
-        if (begin + s >= span.end) break;
-        const float* const b = B[begin - staged + s];
-        const float* const c = C[begin - staged + s];
+        const float* const b = B[q + s];
+        const float* const c = C[q + s];
         float y[kWidth];
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) {
-          const float delta = softplus_of(dt[s][w] + bias[w]), u = delta * x[s][w];
+          const float delta = s < left ? softplus_of(dt[s][w] + bias[w]) : 0, u = delta * x[s][w];
           sum[w] += delta;
           float even = 0, odd = 0;
 #pragma unroll
@@ -108,23 +124,22 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(const Scan<T> op) {
           }
           y[w] = even + odd;
         }
-        if (kLocal) continue;
-        const int64_t row = op.row(span.piece, begin + s);
-        if (op.partial_y) {
-          float* const partial = op.partial_y + row * op.e + channel;
+        if (kLocal || s >= left) continue;
+        if (kMany) {
 #pragma unroll
           for (int w = 0; w < kWidth; ++w) {
-            if (op.group > 0) y[w] += partial[w];
-            if (!op.is_last_group()) partial[w] = y[w];
+            if (op.group > 0) y[w] += partial_at[w];
+            if (!op.is_last_group()) partial_at[w] = y[w];
           }
-          if (!op.is_last_group()) continue;
+          partial_at += direction * op.e;
         }
 #pragma unroll
         for (int w = 0; w < kWidth; ++w) {
           y[w] = fmaf(D[w], x[s][w], y[w]);
-          if (op.z) y[w] *= z[s][w] * sigmoid_of(z[s][w]);
+          if (gate) y[w] *= z[s][w] * sigmoid_of(z[s][w]);
         }
-        store_channels(y, op.y + row * op.y_stride + channel);
+        if (!kMany || op.is_last_group()) store_channels(y, y_at);
+        y_at += y_step;
       }
     }
   }
@@ -186,12 +201,15 @@ void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
                   static_cast<unsigned>(div_up(scan.e, kThreads * kWidth)));
   for (; scan.group * kStates < scan.n; ++scan.group) {
     if (scan.carry) {
-      scan_kernel<T, kWidth, true><<<grid, kThreads, 0, stream>>>(scan);
+      scan_kernel<T, kWidth, true, false><<<grid, kThreads, 0, stream>>>(scan);
       const int64_t threads = scan.pieces_count * scan.e * kStates;
       carry_kernel<T>
           <<<static_cast<unsigned>(div_up(threads, kThreads)), kThreads, 0, stream>>>(scan);
     }
-    scan_kernel<T, kWidth, false><<<grid, kThreads, 0, stream>>>(scan);
+    if (scan.partial_y)
+      scan_kernel<T, kWidth, false, true><<<grid, kThreads, 0, stream>>>(scan);
+    else
+      scan_kernel<T, kWidth, false, false><<<grid, kThreads, 0, stream>>>(scan);
   }
   check_launch("selective_scan");
 }

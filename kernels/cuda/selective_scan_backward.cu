@@ -49,18 +49,17 @@ struct ScanBack : ScanOperands<T> {
   }
 };
 
-// v[k] of all lanes, summed over the warp: lane k gets the sum of v[k].
+// v[k] of all lanes, summed over the warp: lane k gets the sum of v[k]. A recursion, not a loop, so
+// that every index is a constant and v stays in registers.
+template <int kHalf = 16>
 __device__ float sum_to_lanes(float (&v)[32]) {
-  const int lane = threadIdx.x % 32;
+  const bool upper = threadIdx.x & kHalf;
 #pragma unroll
-  for (int half = 16; half >= 1; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int k = 0; k < half; ++k) {
-      const float send = upper ? v[k] : v[k + half], keep = upper ? v[k + half] : v[k];
-      v[k] = keep + __shfl_xor_sync(0xffffffffu, send, half);
-    }
+  for (int k = 0; k < kHalf; ++k) {
+    const float send = upper ? v[k] : v[k + kHalf], keep = upper ? v[k + kHalf] : v[k];
+    v[k] = keep + __shfl_xor_sync(0xffffffffu, send, kHalf);
   }
+  if constexpr (kHalf > 1) return sum_to_lanes<kHalf / 2>(v);
   return v[0];
 }
 
@@ -148,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const ScanBack<T>
   const bool active = channel < op.e;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, states = op.states();
   const bool gate = op.z != nullptr;
+  const int64_t direction = op.reverse ? -1 : 1;
   float rate[kStates], carried[kStates], dA[kStates], dD = 0, dbias = 0;
   const float bias = active ? op.dt_bias[channel] : 0, D = active ? op.D[channel] : 0;
 #pragma unroll
@@ -169,32 +169,47 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const ScanBack<T>
     __syncthreads();
     for (int64_t begin = staged + kStage - kScanSteps; begin >= staged; begin -= kScanSteps) {
       if (begin >= span.end) continue;  // for all threads alike
+      const int64_t row = op.row(span.piece, begin);
+      const int left =
+          active ? static_cast<int>(min(span.end - begin, static_cast<int64_t>(kScanSteps))) : 0;
+      const T* const x_at = op.x + row * op.x_stride + channel;
+      const T* const dt_at = op.dt + row * op.dt_stride + channel;
+      const T* const dy_at = op.dy + row * op.dy_stride + channel;
+      const T* const z_at = op.z + row * op.z_stride + channel;
+      const int64_t checkpoint = op.first_checkpoint[span.p] + begin / kScanSteps;
+      const float* kept =
+          op.checkpoints + (checkpoint * op.n + op.group * kStates) * op.e + channel;
+      float before[kFew], next[kFew];  // states before the first step: of these four, of the next
+#pragma unroll
+      for (int i = 0; i < kFew; ++i, kept += op.e) next[i] = active && i < states ? *kept : 0;
       // Steps past the end have delta, x and dy of 0: a decay of 1 and nothing to add.
       float delta[kScanSteps], x[kScanSteps], dy[kScanSteps];
       float y[kScanSteps], dx[kScanSteps], ddelta[kScanSteps];
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s) {
         delta[s] = x[s] = dy[s] = y[s] = dx[s] = ddelta[s] = 0;
-        if (!active || begin + s >= span.end) continue;
-        const int64_t row = op.row(span.piece, begin + s);
-        delta[s] = softplus_of(to_float(op.dt[row * op.dt_stride + channel]) + bias);
-        x[s] = to_float(op.x[row * op.x_stride + channel]);
-        dy[s] = to_float(op.dy[row * op.dy_stride + channel]);
+        if (s >= left) continue;
+        const int64_t step = direction * s;
+        delta[s] = softplus_of(to_float(dt_at[step * op.dt_stride]) + bias);
+        x[s] = to_float(x_at[step * op.x_stride]);
+        dy[s] = to_float(dy_at[step * op.dy_stride]);
         if (!gate) continue;
-        const float z = to_float(op.z[row * op.z_stride + channel]);
+        const float z = to_float(z_at[step * op.z_stride]);
         dy[s] *= z * sigmoid_of(z);
       }
-      const int64_t checkpoint = op.first_checkpoint[span.p] + begin / kScanSteps;
-      const float* const kept =
-          op.checkpoints + (checkpoint * op.n + op.group * kStates) * op.e + channel;
       const float(*const b)[kStates] = B + (begin - staged);
       const float(*const c)[kStates] = C + (begin - staged);
 #pragma unroll
       for (int few = 0; few < kStates; few += kFew) {
-        float h[32], a[32], before[kFew];  // h and a: (steps, states)
+        float h[32], a[32];  // (steps, states)
+#pragma unroll
+        for (int i = 0; i < kFew; ++i, kept += op.e) {
+          before[i] = next[i];
+          const int later = few + kFew + i;
+          next[i] = later < kStates && active && later < states ? *kept : 0;
+        }
 #pragma unroll
         for (int i = 0; i < kFew; ++i) {
-          before[i] = active && few + i < states ? kept[(few + i) * op.e] : 0;
           float state = before[i];
 #pragma unroll
           for (int s = 0; s < kScanSteps; ++s) {
@@ -233,20 +248,20 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const ScanBack<T>
 #pragma unroll
         for (int s = 0; s < kScanSteps; ++s)
           if (begin + s < span.end)
-            op.partial_BC[(own * op.t + op.row(span.piece, begin + s)) * 2 * kStates + lane] =
+            op.partial_BC[(own * op.t + row + direction * s) * 2 * kStates + lane] =
                 sums[warp][s][lane];
       }
       __syncwarp();
       if (!active) continue;
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s) {
-        if (begin + s >= span.end) continue;
-        const int64_t row = op.row(span.piece, begin + s);
+        if (s >= left) continue;
+        const int64_t step = direction * s, at = row + step;
         // dx holds sum g B.
         ddelta[s] = fmaf(ddelta[s], 1 / kLog2e, x[s] * dx[s]);
         dx[s] *= delta[s];
         if (op.between) {
-          float* const between = op.between + row * op.e + channel;
+          float* const between = op.between + at * op.e + channel;
           const int64_t part = op.t * op.e;
           if (op.group > 0) {
             y[s] += between[0];
@@ -262,17 +277,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const ScanBack<T>
         }
         dD = fmaf(dy[s], x[s], dD);
         float slope;
-        softplus_of(to_float(op.dt[row * op.dt_stride + channel]) + bias, &slope);
+        softplus_of(to_float(dt_at[step * op.dt_stride]) + bias, &slope);
         const float ddt = ddelta[s] * slope;
         dbias += ddt;
         if (gate) {
-          const float z = to_float(op.z[row * op.z_stride + channel]), sigmoid = sigmoid_of(z);
-          const float dout = to_float(op.dy[row * op.dy_stride + channel]);
+          const float z = to_float(z_at[step * op.z_stride]), sigmoid = sigmoid_of(z);
+          const float dout = to_float(dy_at[step * op.dy_stride]);
           const float dz = dout * fmaf(D, x[s], y[s]) * sigmoid * fmaf(z, 1 - sigmoid, 1.f);
-          op.dz[row * op.dz_stride + channel] = from_float<T>(dz);
+          op.dz[at * op.dz_stride + channel] = from_float<T>(dz);
         }
-        op.dx[row * op.dx_stride + channel] = from_float<T>(fmaf(D, dy[s], dx[s]));
-        op.ddt[row * op.ddt_stride + channel] = from_float<T>(ddt);
+        op.dx[at * op.dx_stride + channel] = from_float<T>(fmaf(D, dy[s], dx[s]));
+        op.ddt[at * op.ddt_stride + channel] = from_float<T>(ddt);
       }
     }
   }
