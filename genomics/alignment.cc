@@ -1,5 +1,6 @@
 #include "genomics/alignment.h"
 
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <array>
@@ -81,7 +82,8 @@ const char* mode_of(const std::string& path) {
       {".bam", "wb"}, {".cram", "wc"}, {".sam", "w"}, {".sam.gz", "wz"}};
   for (const auto& [ending, mode] : kEndings)
     if (path.ends_with(ending)) return mode;
-  fail("{}: a name ending in .bam, .cram, .sam or .sam.gz was expected", path);
+  throw UsageError(
+      fmt::format("{}: a name ending in .bam, .cram, .sam or .sam.gz was expected", path));
 }
 
 }  // namespace
@@ -97,6 +99,9 @@ struct TagWriter::Impl {
         path(out_path),
         temporary(out_path + ".tmp"),
         in(checked(in_path), options) {
+    struct stat status {};
+    check(::stat(path.c_str(), &status) != 0 || S_ISREG(status.st_mode),
+          "{}: is a folder, pipe or device; alignments are written to a file", path);
     if (mode[1] == 'c' && options.reference.empty())
       throw Error(fmt::format("{}: writing CRAM needs the reference", path),
                   "give the FASTA as --reference");

@@ -8,6 +8,7 @@
 #include <unordered_map>
 #include <utility>
 
+#include "genomics/alignment.h"
 #include "genomics/alphabet.h"
 #include "genomics/fasta.h"
 #include "genomics/table.h"
@@ -30,7 +31,8 @@ std::vector<std::string> sorted_entries(const std::string& folder, bool folders)
   std::error_code error;
   for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
     const std::string name = entry.path().filename().string();
-    constexpr const char* kPassedOver[] = {".fai", ".gzi", ".txt", ".md", ".json", ".html"};
+    constexpr const char* kPassedOver[] = {".fai", ".gzi", ".bai",  ".csi",
+                                           ".txt", ".md",  ".json", ".html"};
     const std::string ending = entry.path().extension().string();
     if (name.starts_with('.') || entry.is_directory() != folders) continue;
     if (!folders &&
@@ -70,11 +72,14 @@ class Reader {
   void read(const std::string& path) {
     if (path != "-" && fs::is_directory(path)) return read_folder(path);
     const FileKind kind = path == "-" ? FileKind::fasta : sniff(path);
-    if (kind == FileKind::sam || kind == FileKind::bam || kind == FileKind::cram)
-      throw Error(
-          fmt::format("{}: alignments are no training data; FASTA, FASTQ, CSV or TSV was expected",
-                      path),
-          fmt::format("samtools fasta {} > reads.fa", path));
+    if (kind == FileKind::sam || kind == FileKind::bam || kind == FileKind::cram) {
+      if (options_.labelled || kind == FileKind::cram)
+        throw Error(fmt::format("{}: {}; FASTA, FASTQ, CSV or TSV was expected", path,
+                                options_.labelled ? "alignments have no labels"
+                                                  : "CRAM needs its reference"),
+                    fmt::format("samtools fasta {} > reads.fa", path));
+      return read_records(open_alignments(path, {}), [](const std::string&) { return -1; });
+    }
     if (kind == FileKind::unknown) return read_table(path);
     if (!options_.labelled) return read_fasta(path, -1);
     if (options_.table.empty())
@@ -144,8 +149,7 @@ class Reader {
 
   // label_for(name): of a record about to be added.
   template <class LabelFor>
-  void read_records(const std::string& path, LabelFor&& label_for) {
-    const std::unique_ptr<Source> source = open_fasta({path}, !table_.empty());
+  void read_records(const std::unique_ptr<Source>& source, LabelFor&& label_for) {
     Segment segment;
     std::vector<uint8_t> codes;
     std::string name;
@@ -159,11 +163,11 @@ class Reader {
   }
 
   void read_fasta(const std::string& path, int32_t label) {
-    read_records(path, [&](const std::string&) { return label; });
+    read_records(open_fasta({path}, false), [&](const std::string&) { return label; });
   }
 
   void read_fasta_by_table(const std::string& path) {
-    read_records(path, [&](const std::string& name) {
+    read_records(open_fasta({path}), [&](const std::string& name) {
       const auto row = table_.find(name);
       check(row != table_.end(), "{}: record '{}' has no label in {}", path, name, options_.table);
       return known_label(row->second.label,

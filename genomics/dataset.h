@@ -16,17 +16,17 @@ struct DatasetOptions {
   int64_t max_length = 0;  //   (0: whole records)
   // Of a model or of the training set: a label outside is an error. Empty: those found.
   std::vector<std::string> labels = {};
-  bool labelled = true;  // false: language modelling, any DNA file
+  bool labelled = true;  // false: language modelling, any DNA file but CRAM
 };
 
 // `paths`: CSV/TSV files with a header line; a folder that holds one folder per class of
 // FASTA/FASTQ (the class is the folder's name; hidden files, indexes and texts are passed over);
-// FASTA/FASTQ files with a table; or, not labelled, any FASTA/FASTQ/CSV and folders of them. With
-// windows, items tile the records without overlap at max_length; a rest shorter than min_length is
-// dropped unless it is the whole record; training draws its own (draw_window). Found labels are
-// sorted, by value where all are whole numbers. Errors: missing columns (naming those found), fewer
-// than two classes or a class seen once (where `labels` is empty: a set to train on), labels
-// unknown to the model, no DNA letter, no records.
+// FASTA/FASTQ files with a table; or, not labelled, any FASTA/FASTQ/SAM/BAM/CSV and folders of
+// them. With windows, items tile the records without overlap at max_length; a rest shorter than
+// min_length is dropped unless it is the whole record; training draws its own (draw_window). Found
+// labels are sorted, by value where all are whole numbers. Errors: missing columns (naming those
+// found), fewer than two classes or a class seen once (where `labels` is empty: a set to train on),
+// labels unknown to the model, no DNA letter, no records.
 Examples read_examples(const std::vector<std::string>& paths, const DatasetOptions& options);
 
 // Splits off a `fraction` of the examples of each class (a fixed permutation keyed by seed; at

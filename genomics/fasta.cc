@@ -55,6 +55,34 @@ class NameSet {
   size_t count_ = 0;
 };
 
+// By the begin of its text, decompressed.
+FileKind kind_of(std::string_view text) {
+  if (text.starts_with("BAM\1")) return FileKind::bam;
+  if (text.starts_with("CRAM")) return FileKind::cram;
+  if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
+  while (!text.empty() && is_space(text[0])) text.remove_prefix(1);
+  if (text.starts_with('>')) return FileKind::fasta;
+  for (std::string_view tag : {"@HD\t", "@SQ\t", "@RG\t", "@PG\t", "@CO\t"})
+    if (text.starts_with(tag)) return FileKind::sam;
+  if (text.starts_with('@')) return FileKind::fastq;
+  // SAM without a header: eleven fields, the second (flag), fourth (position) and fifth (quality)
+  // whole numbers.
+  const std::string_view line = text.substr(0, text.find('\n'));
+  std::vector<std::string_view> fields;
+  for (size_t begin = 0; begin <= line.size() && fields.size() < 11;) {
+    const size_t end = std::min(line.find('\t', begin), line.size());
+    fields.push_back(line.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  const auto number = [](std::string_view field) {
+    return !field.empty() &&
+           std::all_of(field.begin(), field.end(), [](char c) { return c >= '0' && c <= '9'; });
+  };
+  const bool sam =
+      fields.size() == 11 && number(fields[1]) && number(fields[3]) && number(fields[4]);
+  return sam ? FileKind::sam : FileKind::unknown;
+}
+
 // The state machine. It stops in the middle of anything a block's end cuts: a header, a line, a run
 // of qualities.
 class FastaReader final : public Source {
@@ -134,6 +162,12 @@ class FastaReader final : public Source {
     if (rest_.empty()) return;
     const char c = rest_[0];
     if (marker_ == 0) {
+      const FileKind kind = kind_of(rest_);
+      if (kind == FileKind::sam || kind == FileKind::bam || kind == FileKind::cram)
+        throw Error(
+            fmt::format("{}: SAM, BAM or CRAM, where FASTA or FASTQ was expected", file_name()),
+            paths_[file_] == "-" ? "coil classify and score read it with --alignments"
+                                 : "samtools fastq makes FASTQ of it");
       check(c == '>' || c == '@',
             "{}: line {} begins with {}; a FASTA ('>') or FASTQ ('@') header was expected",
             file_name(), line_, dna::describe(c));
@@ -339,34 +373,7 @@ class PairReader final : public Source {
 
 }  // namespace
 
-FileKind sniff(const std::string& path) {
-  ByteStream stream(path);
-  std::string_view text = stream.block();
-  if (text.starts_with("BAM\1")) return FileKind::bam;
-  if (text.starts_with("CRAM")) return FileKind::cram;
-  if (text.starts_with("\xef\xbb\xbf")) text.remove_prefix(3);
-  while (!text.empty() && is_space(text[0])) text.remove_prefix(1);
-  if (text.starts_with('>')) return FileKind::fasta;
-  for (std::string_view tag : {"@HD\t", "@SQ\t", "@RG\t", "@PG\t", "@CO\t"})
-    if (text.starts_with(tag)) return FileKind::sam;
-  if (text.starts_with('@')) return FileKind::fastq;
-  // SAM without a header: eleven fields, the second (flag), fourth (position) and fifth (quality)
-  // whole numbers.
-  const std::string_view line = text.substr(0, text.find('\n'));
-  std::vector<std::string_view> fields;
-  for (size_t begin = 0; begin <= line.size() && fields.size() < 11;) {
-    const size_t end = std::min(line.find('\t', begin), line.size());
-    fields.push_back(line.substr(begin, end - begin));
-    begin = end + 1;
-  }
-  const auto number = [](std::string_view field) {
-    return !field.empty() &&
-           std::all_of(field.begin(), field.end(), [](char c) { return c >= '0' && c <= '9'; });
-  };
-  const bool sam =
-      fields.size() == 11 && number(fields[1]) && number(fields[3]) && number(fields[4]);
-  return sam ? FileKind::sam : FileKind::unknown;
-}
+FileKind sniff(const std::string& path) { return kind_of(ByteStream(path).block()); }
 
 std::unique_ptr<Source> open_fasta(std::vector<std::string> paths, bool unique_names) {
   return read_ahead(std::make_unique<FastaReader>(std::move(paths), unique_names));
