@@ -13,6 +13,7 @@
 #include "kernels/op_cases.h"
 #include "model/head.h"
 #include "model/optimizer.h"
+#include "pipelines/run_log.h"
 #include "pipelines/stream.h"
 
 namespace coil {
@@ -31,20 +32,19 @@ struct BenchOptions {
 
 po::options_description describe(BenchOptions& options) {
   po::options_description text("Options");
-  const auto size = [&](const char* name, Size& value, const char* help) {
-    text.add_options()(name, po::value(&value)->default_value(value), help);
-  };
-  text.add_options()("what", po::value(&options.what)->default_value(options.what),
-                     "ops: each operation; model: prefill, decoding and training");
-  size("d", options.d, "width; inner width twice that, 16 states, dt rank a sixteenth");
-  size("layers", options.layers, "layers of the model");
-  size("vocab", options.vocab, "size of the vocabulary");
-  size("length", options.length, "steps of a sequence");
-  size("batch", options.batch, "sequences at once");
-  size("chunk", options.chunk,
-       "steps of all sequences in one pass of prefill; 0: as classify does");
-  text.add_options()("seconds", po::value(&options.seconds)->default_value(options.seconds),
-                     "time for each figure of a model; an op takes a tenth")                 //
+  text.add_options()  //
+      ("what", po::value(&options.what)->value_name("WHAT"),
+       "ops: each operation; model, the default: prefill, decoding and training")  //
+      ("d", option(options.d, "SIZE"),
+       "width; inner width twice that, 16 states, dt rank a sixteenth")   //
+      ("layers", option(options.layers, "COUNT"), "layers of the model")  //
+      ("vocab", option(options.vocab, "SIZE"), "size of the vocabulary")  //
+      ("length", option(options.length, "SIZE"), "steps of a sequence")   //
+      ("batch", option(options.batch, "COUNT"), "sequences at once")      //
+      ("chunk", option(options.chunk, "SIZE"),
+       "steps of all sequences in one pass of prefill; 0: as classify does")  //
+      ("seconds", option(options.seconds, "NUMBER"),
+       "time for each figure of a model; an op takes a tenth")                               //
       ("no-training", po::bool_switch(), "leave training out, which needs the most memory")  //
       ("json", po::bool_switch(&options.json), "JSON instead of text");
   text.add(describe(options.common));
@@ -75,7 +75,7 @@ Timing measure(Backend& backend, double seconds, const std::function<void()>& f)
 
 std::string device_text(const Backend& backend) {
   return backend.device().kind == Device::Kind::cpu
-             ? fmt::format("{} threads", backend.threads())
+             ? counted(backend.threads(), "thread")
              : fmt::format("cuda:{}", backend.device().index);
 }
 

@@ -38,10 +38,9 @@ po::options_description describe(Options& options) {
        "write the thresholds into this model's config.json; without it they are only printed")  //
       ("lengths", po::value(&options.lengths)->multitoken()->value_name("SIZE..."),
        ("of pieces; default: " + lengths).c_str())  //
-      ("keep", po::value(&options.keep)->default_value(options.keep)->value_name("SHARE"),
+      ("keep", option(options.keep, "SHARE"),
        "of known pieces that must not become unknown")  //
-      ("pieces", po::value(&options.pieces)->default_value(options.pieces)->value_name("COUNT"),
-       "of each length, about");
+      ("pieces", option(options.pieces, "COUNT"), "of each length, about");
   description.add(describe(options.engine)).add(describe(options.common));
   return description;
 }

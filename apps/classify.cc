@@ -116,8 +116,7 @@ po::options_description describe(Options& options) {
       ("per-file", po::bool_switch(&options.per_file), "an answer for every file")  //
       ("paired", po::bool_switch(&options.input.paired),
        "an answer for every read pair of two FASTQ files, or of one interleaved")  //
-      ("min-probability",
-       po::value(&options.min_probability)->default_value(options.min_probability)->value_name("P"),
+      ("min-probability", option(options.min_probability, "P"),
        "below it the label is \"unknown\"; auto: the model's thresholds by length, if it has "
        "any")  //
       ("tag-output", po::value(&options.tag_output)->value_name("FILE"),
@@ -150,19 +149,18 @@ void check_combination(const Options& options) {
   if (options.input.paired && (!options.input.regions.empty() || !options.input.bed.empty())) {
     throw UsageError("--paired does not go with --region or --bed");
   }
-  check_is_no_input(options.out, options.input.inputs);
+  check_outputs({options.out, options.tag_output}, files_of(options.input));
   if (options.tag_output.empty()) return;
-  check_is_no_input(options.tag_output, options.input.inputs);
-  if (link_target(options.tag_output) == link_target(options.out)) {
-    throw UsageError(fmt::format("-o and --tag-output are both '{}'", options.out));
-  }
   if (options.window != 0 || options.per_file || options.input.paired) {
     throw UsageError(
         "--tag-output gives one answer per alignment: it does not go with --window, --per-file or "
         "--paired");
   }
-  if (options.input.inputs.size() != 1 || options.input.inputs[0] == "-") {
+  if (options.input.inputs.size() != 1) {
     throw UsageError("--tag-output needs exactly one SAM, BAM or CRAM file as input");
+  }
+  if (options.input.inputs[0] == "-") {
+    throw UsageError("--tag-output reads its input twice, so it cannot be standard input");
   }
 }
 

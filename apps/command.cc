@@ -66,13 +66,13 @@ std::ostream& operator<<(std::ostream& out, const Size& size) {
 
 po::options_description describe(CommonOptions& options) {
   po::options_description text("Common options");
-  text.add_options()("device", po::value(&options.device)->default_value(options.device),
-                     "auto | cpu | cuda | cuda:0, cuda:1, …: auto takes a GPU where there is one")(
-      "threads", po::value(&options.threads)->default_value(options.threads),
-      "CPU threads; 0: all")("seed", po::value(&options.seed)->default_value(options.seed),
-                             "of every random number")(
-      "precision", po::value(&options.precision)->default_value(options.precision),
-      "f32 | bf16: how matrices are kept and multiplied");
+  text.add_options()  //
+      ("device", option(options.device, "DEVICE"),
+       "auto | cpu | cuda | cuda:0, cuda:1, …: auto takes a GPU where there is one")  //
+      ("threads", option(options.threads, "COUNT"), "CPU threads; 0: all")            //
+      ("seed", option(options.seed, "NUMBER"), "of every random number")              //
+      ("precision", option(options.precision, "TYPE"),
+       "f32 | bf16: how matrices are kept and multiplied");
   return text;
 }
 
@@ -151,7 +151,25 @@ std::string help_text(const po::options_description& options,
   return text.substr(std::min(text.size(), text.find_first_not_of('\n')));
 }
 
+// What an option takes: Boost says only that a value is invalid.
+std::string expected_by(const po::option_description* option) {
+  const auto* typed =
+      option ? dynamic_cast<const po::typed_value_base*>(option->semantic().get()) : nullptr;
+  if (!typed) return "";
+  const std::type_info& type = typed->value_type();
+  if (type == typeid(Size) || type == typeid(std::vector<Size>))
+    return ": expected a size such as 4096, 4k or 1M";
+  if (type == typeid(double)) return ": expected a number";
+  if (type == typeid(int) || type == typeid(uint64_t)) return ": expected a whole number";
+  return "";
+}
+
 std::string explain(const po::error& error, const po::options_description& options) {
+  if (const auto* invalid = dynamic_cast<const po::validation_error*>(&error)) {
+    std::string name = invalid->get_option_name();
+    name.erase(0, name.find_first_not_of('-'));
+    return error.what() + expected_by(options.find_nothrow(name, false));
+  }
   const auto* unknown = dynamic_cast<const po::unknown_option*>(&error);
   if (!unknown) return error.what();
   std::string name = unknown->get_option_name();
@@ -171,7 +189,7 @@ bool parse(int argc, char** argv, const std::string& usage, const std::string& t
   std::string config;
   po::options_description general("Help"), all;
   general.add_options()("help,h", "print this and exit")(
-      "config", po::value(&config),
+      "config", po::value(&config)->value_name("FILE"),
       "read options from a file of 'name = value' lines; the command line wins");
   all.add(options).add(general);
   po::positional_options_description places;
@@ -215,6 +233,18 @@ bool parse(int argc, char** argv, const std::string& usage, const std::string& t
   return true;
 }
 
+namespace {
+
+// A device, a pipe, or what /dev/stdout and /dev/fd/3 stand for: written straight to.
+bool is_special(const std::string& path) {
+  std::error_code error;
+  const auto kind = std::filesystem::status(path, error).type();
+  return path.starts_with("/dev/") || (kind != std::filesystem::file_type::regular &&
+                                       kind != std::filesystem::file_type::not_found);
+}
+
+}  // namespace
+
 std::string link_target(const std::string& path) {
   namespace fs = std::filesystem;
   fs::path at = path;
@@ -227,12 +257,22 @@ std::string link_target(const std::string& path) {
   return at.string();
 }
 
-void check_is_no_input(const std::string& output, const std::vector<std::string>& inputs) {
+void check_outputs(const std::vector<std::string>& outputs,
+                   const std::vector<std::string>& inputs) {
+  namespace fs = std::filesystem;
   std::error_code error;
-  for (const std::string& input : inputs)
-    if (output != "-" && input != "-" && std::filesystem::equivalent(output, input, error))
-      throw UsageError(
-          fmt::format("'{}' is read and would be written: name another output", output));
+  std::vector<fs::path> places;
+  for (const std::string& output : outputs) {
+    if (output.empty() || output == "-" || is_special(output)) continue;
+    const std::string target = link_target(output);
+    for (const std::string& input : inputs)
+      if (fs::equivalent(target, input, error) || fs::equivalent(target + ".tmp", input, error))
+        throw UsageError(
+            fmt::format("'{}' is read and would be written: name another output", output));
+    places.push_back(fs::weakly_canonical(fs::absolute(target, error), error));
+    if (std::count(places.begin(), places.end(), places.back()) > 1)
+      throw UsageError(fmt::format("'{}' is named for two outputs", output));
+  }
 }
 
 Output::Output(const std::string& path) : file_(stdout), path_(path) {
@@ -241,16 +281,14 @@ Output::Output(const std::string& path) : file_(stdout), path_(path) {
     return;
   }
   name_ = fmt::format("'{}'", path);
-  std::error_code error;
-  const auto kind = std::filesystem::status(path_, error).type();
-  const bool is_file =
-      kind == std::filesystem::file_type::regular || kind == std::filesystem::file_type::not_found;
-  if (is_file) {
+  if (!is_special(path)) {
     path_ = link_target(path);
     partial_ = path_ + ".tmp";
   }
-  file_ = std::fopen(is_file ? partial_.c_str() : path_.c_str(), "we");
-  check(file_ != nullptr, "cannot write {}: {}", name_, std::strerror(errno));
+  // An earlier file that may not be written may not be replaced either.
+  const bool barred = access(path_.c_str(), W_OK) != 0 && errno != ENOENT;
+  if (!barred) file_ = std::fopen(partial_.empty() ? path_.c_str() : partial_.c_str(), "we");
+  check(!barred && file_ != nullptr, "cannot write {}: {}", name_, std::strerror(errno));
 }
 
 Output::~Output() {

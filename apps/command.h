@@ -1,9 +1,10 @@
 // A command of the one binary: `coil NAME …`. One file per command; apps/main.cc holds the table
-// and the one try/catch. Options are bound to a struct whose initialisers are the defaults
-// (Boost.Program_options), so that
-// --help prints live defaults; every command also takes --config FILE (key = value lines), the
-// command line wins.
+// and the one try/catch. Options (Boost.Program_options) are bound to a struct whose initialisers
+// are the defaults, so that --help prints live defaults; every command also takes --config FILE
+// (key = value lines), the command line wins.
 #pragma once
+
+#include <fmt/ostream.h>
 
 #include <boost/program_options.hpp>
 #include <cstdint>
@@ -40,6 +41,15 @@ struct Size {
 };
 std::istream& operator>>(std::istream& in, Size& size);
 std::ostream& operator<<(std::ostream& out, const Size& size);
+
+// An option bound to a member, whose value now is the default. `name` stands for the value in
+// --help.
+template <class T>
+boost::program_options::typed_value<T>* option(T& member, const char* name) {
+  return boost::program_options::value(&member)
+      ->default_value(member, fmt::format("{}", fmt::streamed(member)))
+      ->value_name(name);
+}
 
 // What every command takes.
 struct CommonOptions {
@@ -83,7 +93,7 @@ class Output {
 
 // What a path stands for: symbolic links are written through, not replaced.
 std::string link_target(const std::string& path);
-// Throws where `output` is one of the inputs.
-void check_is_no_input(const std::string& output, const std::vector<std::string>& inputs);
+// Throws where an output is one of the inputs, or another output. Empty ones do not count.
+void check_outputs(const std::vector<std::string>& outputs, const std::vector<std::string>& inputs);
 
 }  // namespace coil

@@ -28,15 +28,15 @@ struct ConvertOptions {
 po::options_description describe(ConvertOptions& options) {
   po::options_description text("Options");
   text.add_options()  //
-      ("in", po::value(&options.in),
+      ("in", po::value(&options.in)->value_name("IN"),
        "a model folder: config.json and model.safetensors, or its shards and their index")  //
-      ("out", po::value(&options.out), "the folder to write")                               //
-      ("to", po::value(&options.to)->default_value(options.to), "coil | huggingface")       //
-      ("dtype", po::value(&options.dtype)->default_value(options.dtype),
+      ("out", po::value(&options.out)->value_name("OUT"), "the folder to write")            //
+      ("to", option(options.to, "FORMAT"), "coil | huggingface")                            //
+      ("dtype", option(options.dtype, "TYPE"),
        "f32 | bf16: of the matrices; all else stays f32")  //
-      ("shard-size", po::value(&options.shard_size)->default_value(options.shard_size),
+      ("shard-size", option(options.shard_size, "SIZE"),
        "most bytes of a tensor file; 0: one file")  //
-      ("alphabet", po::value(&options.alphabet),
+      ("alphabet", po::value(&options.alphabet)->value_name("NAME"),
        "dna: the token ids of IN are Coil's DNA codes, so that classify and score read DNA with "
        "it");
   return text;
@@ -111,6 +111,8 @@ int run_convert(int argc, char** argv) {
           dna::kN + 1, model.config.vocab);
     model.config.alphabet = options.alphabet;
   }
+  fs::create_directories(options.out, error);
+  check(!error, "cannot make the folder '{}': {}", options.out, error.message());
   save_model(*backend, model, options.out, options.shard_size);
   const bool huggingface = options.to == "huggingface";
   keep_other_keys(options.in, options.out, model.config, huggingface);

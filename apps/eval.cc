@@ -27,20 +27,21 @@ struct EvalOptions {
 
 po::options_description describe(EvalOptions& o) {
   po::options_description options("Options", 100);
-  options.add_options()("model", po::value(&o.model), "model folder; also as the first argument")(
-      "data", po::value(&o.data),
-      "CSV/TSV, a folder per class, or FASTA with --table; for a language model any DNA file")(
-      "sequence-column", po::value(&o.sequence_column)->default_value(o.sequence_column),
-      "of CSV/TSV")("label-column", po::value(&o.label_column)->default_value(o.label_column),
-                    "of CSV/TSV")("table", po::value(&o.table)->default_value(o.table),
-                                  "name<TAB>label of the records of FASTA files")(
-      "window", po::value(&o.window)->default_value(o.window),
-      "cut records into windows of this; 0: whole records")(
-      "strands", po::value(&o.strands)->default_value(o.strands), "both (averaged) | forward")(
-      "batch-tokens", po::value(&o.batch_tokens)->default_value(o.batch_tokens),
-      "rows computed at once; 0: by the size of the model")("json", po::bool_switch(&o.json),
-                                                            "JSON instead of a table")(
-      "out,o", po::value(&o.out)->default_value(o.out), "file instead of stdout");
+  options.add_options()  //
+      ("model", po::value(&o.model)->value_name("MODEL"),
+       "model folder; also as the first argument")  //
+      ("data", po::value(&o.data)->value_name("DATA"),
+       "CSV/TSV, a folder per class, or FASTA with --table; for a language model any of these, "
+       "FASTA, FASTQ, SAM or BAM")                                                                //
+      ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                        //
+      ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                              //
+      ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")          //
+      ("window", option(o.window, "SIZE"), "cut records into windows of this; 0: whole records")  //
+      ("strands", option(o.strands, "WHICH"), "both (averaged) | forward")                        //
+      ("batch-tokens", option(o.batch_tokens, "SIZE"),
+       "rows computed at once; 0: by the size of the model")         //
+      ("json", po::bool_switch(&o.json), "JSON instead of a table")  //
+      ("output,o", option(o.out, "FILE"), "default: standard output");
   return options;
 }
 
@@ -126,7 +127,9 @@ int run_eval(int argc, char** argv) {
   if (options.strands != "both" && options.strands != "forward")
     throw UsageError(fmt::format("--strands '{}': expected both or forward", options.strands));
 
-  check_is_no_input(options.out, options.data);
+  std::vector<std::string> read = options.data;
+  read.push_back(options.table);
+  check_outputs({options.out}, read);
   const auto backend = make_backend(common);
   const Model model = load_model(*backend, options.model, matrix_dtype(common));
   const Config& config = model.config;

@@ -8,6 +8,7 @@
 #include "kernels/error.h"
 #include "model/memory_plan.h"
 #include "model/safetensors.h"
+#include "pipelines/run_log.h"
 #include "pipelines/stream.h"
 
 namespace coil {
@@ -25,23 +26,16 @@ struct InfoOptions {
 
 po::options_description describe(InfoOptions& options) {
   po::options_description text("Options");
-  text.add_options()                                                                    //
-      ("model", po::value(&options.model), "a model folder, Coil's or Hugging Face's")  //
-      ("length", po::value(&options.length)->default_value(options.length),
-       "bases of a sequence")                                                                  //
-      ("batch", po::value(&options.batch)->default_value(options.batch), "sequences at once")  //
-      ("chunk", po::value(&options.chunk)->default_value(options.chunk),
+  text.add_options()  //
+      ("model", po::value(&options.model)->value_name("MODEL"),
+       "a model folder, Coil's or Hugging Face's")                       //
+      ("length", option(options.length, "SIZE"), "bases of a sequence")  //
+      ("batch", option(options.batch, "COUNT"), "sequences at once")     //
+      ("chunk", option(options.chunk, "SIZE"),
        "bases of a sequence at a time; 0: as classify and score choose")                    //
       ("train", po::bool_switch(&options.train), "plan for training instead of inference")  //
       ("json", po::bool_switch(&options.json), "JSON instead of text");
   text.add(describe(options.common));
-  return text;
-}
-
-std::string grouped(int64_t number) {  // 1,234,567
-  std::string text = std::to_string(number);
-  for (int64_t at = static_cast<int64_t>(text.size()) - 3; at > 0; at -= 3)
-    text.insert(static_cast<size_t>(at), ",");
   return text;
 }
 
@@ -102,9 +96,9 @@ std::string objective_text(const Config& config) {
 }
 
 std::string network_text(const Config& config) {
-  return fmt::format("{} layers · d {} · e {} · n {} · conv {} · dt rank {} · vocabulary {}",
-                     config.layers.size(), config.d, config.e, config.n, config.w, config.dt_rank,
-                     config.vocab);
+  return fmt::format("{} · d {} · e {} · n {} · conv {} · dt rank {} · vocabulary {}",
+                     counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
+                     config.e, config.n, config.w, config.dt_rank, config.vocab);
 }
 
 MemoryRequest request_of(const InfoOptions& options, const Config& config) {
@@ -128,7 +122,7 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
   if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
   for (const Config::Threshold& threshold : config.unknown)
     text += fmt::format("unknown  below {:.3f} at {} bases\n", threshold.probability,
-                        grouped(threshold.length));
+                        with_commas(threshold.length));
 
   size_t width = 6, shape = 5;
   for (const Group& group : groups) {
@@ -144,16 +138,16 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
   row("tensor", "shape", "type", "tensors", "parameters", "bytes");
   Group total{.name = "total", .shape = "", .type = ""};
   for (const Group& group : groups) {
-    row(group.name, group.shape, group.type, group.tensors, grouped(group.parameters),
+    row(group.name, group.shape, group.type, group.tensors, with_commas(group.parameters),
         bytes_text(group.bytes));
     total.tensors += group.tensors;
     total.parameters += group.parameters;
     total.bytes += group.bytes;
   }
-  row(total.name, "", "", total.tensors, grouped(total.parameters), bytes_text(total.bytes));
+  row(total.name, "", "", total.tensors, with_commas(total.parameters), bytes_text(total.bytes));
 
   const std::string of =
-      fmt::format("{} × {} bases", grouped(request.sequences), grouped(request.length));
+      fmt::format("{} × {} bases", with_commas(request.sequences), with_commas(request.length));
   const auto line = [&](const char* name, int64_t bytes, const std::string& note) {
     text += fmt::format("{:<12}  {:>9}  {}\n", name, bytes_text(bytes), note);
   };
@@ -165,7 +159,7 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
     line("activations", plan.activations, "grow with batch × length");
   } else {
     text += fmt::format("\nmemory to read {}, {} at a time\n", of,
-                        grouped(std::min(request.chunk, request.length)));
+                        with_commas(std::min(request.chunk, request.length)));
     line("weights", plan.weights, request.matrices == DType::bf16 ? "matrices bf16" : "f32");
     line("state", plan.state,
          fmt::format("{} a sequence, whatever its length",

@@ -33,6 +33,25 @@ class RegionsOf final : public Source {
   std::unique_ptr<Source> source_;
 };
 
+// Says on stderr where a file of alignments is empty.
+class Remarked final : public Source {
+ public:
+  Remarked(std::unique_ptr<Source> source, const std::string& name)
+      : source_(std::move(source)), name_(name == "-" ? "standard input" : name) {}
+  bool next(Segment& segment) override {
+    const bool more = source_->next(segment);
+    if (!more && empty_) fmt::print(stderr, "warning: {}: no records\n", name_);
+    empty_ &= !more;
+    return more;
+  }
+  double fraction() const override { return source_->fraction(); }
+
+ private:
+  std::unique_ptr<Source> source_;
+  std::string name_;
+  bool empty_ = true;
+};
+
 int64_t size_or_auto(const char* option, const std::string& text) {
   if (text == "auto") return 0;
   std::istringstream in(text);
@@ -96,19 +115,28 @@ std::unique_ptr<Source> open_inputs(const InputOptions& options) {
     alignments.push_back(input == "-" ? options.alignments : is_alignment(sniff(input)));
   }
   const auto open = [inputs, alignments, alignment = options.alignment()](size_t i) {
-    return alignments[i] ? open_alignments(inputs[i], alignment) : open_fasta({inputs[i]});
+    return alignments[i]
+               ? std::make_unique<Remarked>(open_alignments(inputs[i], alignment), inputs[i])
+               : open_fasta({inputs[i]});
   };
   return chain(inputs.size(), open);
+}
+
+std::vector<std::string> files_of(const InputOptions& options) {
+  std::vector<std::string> files = options.inputs;
+  files.push_back(options.bed);
+  files.push_back(options.reference);
+  return files;
 }
 
 po::options_description describe(EngineOptions& options) {
   po::options_description description("Engine");
   description.add_options()  //
-      ("strands", po::value(&options.strands)->default_value(options.strands)->value_name("WHICH"),
+      ("strands", option(options.strands, "WHICH"),
        "both (averaged, twice the work) | forward | reverse")  //
-      ("batch", po::value(&options.batch)->default_value(options.batch)->value_name("SIZE"),
+      ("batch", option(options.batch, "SIZE"),
        "bases computed at a time: auto keeps a layer's activations in the cache, or fills a GPU")  //
-      ("chunk", po::value(&options.chunk)->default_value(options.chunk)->value_name("SIZE"),
+      ("chunk", option(options.chunk, "SIZE"),
        "most bases of one sequence among them: auto is the batch");
   return description;
 }

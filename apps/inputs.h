@@ -23,8 +23,11 @@ struct InputOptions {
   AlignmentOptions alignment() const;
 };
 boost::program_options::options_description describe(InputOptions& options);
+std::vector<std::string> files_of(const InputOptions& options);  // all that are read
 
-// Checks that every input can be opened, then opens them one after another as one stream.
+// Checks that every input can be opened, then opens them one after another as one stream. One that
+// turns out to hold no alignment is named on stderr: it may be a SAM file that was cut in its
+// header.
 std::unique_ptr<Source> open_inputs(const InputOptions& options);
 
 // Options of the engine. describe() binds text where "auto" is a choice; resolve() reads it.

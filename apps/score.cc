@@ -73,7 +73,7 @@ int run_score(int argc, char** argv) {
   }
   if (options.model.empty()) throw UsageError("no MODEL given");
   const Strands strands = parse_strands(options.engine.strands);
-  check_is_no_input(options.out, options.input.inputs);
+  check_outputs({options.out}, files_of(options.input));
   if (options.per_base && (strands != Strands::forward || options.json)) {
     throw UsageError(
         "--per-base is bedGraph of the forward strand: it does not go with --json or other "

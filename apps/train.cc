@@ -11,6 +11,7 @@
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
+#include "pipelines/run_log.h"
 #include "pipelines/train.h"
 
 namespace coil {
@@ -53,15 +54,16 @@ class Signals {
 constexpr const char* kText =
     "Trains a classifier (or, with --objective lm, a language model) and writes a model folder.\n"
     "DATA is a CSV or TSV file with a sequence and a label column; or a folder with one folder of\n"
-    "FASTA/FASTQ files per class; or FASTA files with --table; for lm, any of these or plain "
-    "FASTA.\n"
+    "FASTA/FASTQ files per class; or FASTA files with --table; for lm any of these, or FASTA,\n"
+    "FASTQ, SAM or BAM alone.\n"
     "The preset is applied first, every other option after. --resume goes on from the last "
     "checkpoint.";
 
-po::typed_value<Size>* size(int64_t& member) {
-  return po::value<Size>()->default_value(Size{member})->notifier([&member](const Size& given) {
-    member = given;
-  });
+po::typed_value<Size>* size(int64_t& member, const char* name = "SIZE") {
+  return po::value<Size>()
+      ->default_value(Size{member})
+      ->notifier([&member](const Size& given) { member = given; })
+      ->value_name(name);
 }
 po::typed_value<bool>* flag(bool& member) {
   return po::value<bool>(&member)
@@ -76,18 +78,18 @@ po::typed_value<std::string>* choice(E& member, std::vector<std::pair<std::strin
   std::string now;
   for (const auto& [name, value] : names)
     if (value == member) now = name;
-  return po::value<std::string>()->default_value(now)->notifier(
-      [=, &member](const std::string& given) {
-        std::vector<std::string> known;
-        for (const auto& [name, value] : names) {
-          known.push_back(name);
-          if (name != given) continue;
-          member = value;
-          return;
-        }
-        throw UsageError(
-            fmt::format("--{} '{}': expected {}", option, given, fmt::join(known, " or ")));
-      });
+  const auto set = [=, &member](const std::string& given) {
+    std::vector<std::string> known;
+    for (const auto& [name, value] : names) {
+      known.push_back(name);
+      if (name != given) continue;
+      member = value;
+      return;
+    }
+    throw UsageError(
+        fmt::format("--{} '{}': expected {}", option, given, fmt::join(known, " or ")));
+  };
+  return po::value<std::string>()->default_value(now)->notifier(set)->value_name("WHICH");
 }
 
 po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
@@ -95,64 +97,59 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
   po::options_description all("Options", 100);
   po::options_description network("Network", 100), data("Data", 100), steps("Steps", 100),
       run("Run", 100);
-  network.add_options()(
-      "preset", po::value(&o.preset)->default_value(o.preset),
-      fmt::format("{}: applied before all other options", fmt::join(preset_names(), " | "))
-          .c_str())(
-      "objective",
-      choice(o.objective, {{"classify", Objective::classify}, {"lm", Objective::lm}}, "objective"),
-      "classify | lm")("from", po::value(&o.from)->default_value(o.from),
-                       "start from the weights of this model folder")(
-      "d-model", size(o.d), "width")("layers", size(o.layers), "layers")("state", size(o.n),
-                                                                         "SSM state per channel")(
-      "pooling", choice(o.pooling, {{"mean", Pooling::mean}, {"last", Pooling::last}}, "pooling"),
-      "mean | last: what the classifier sees of a sequence");
-  data.add_options()("data", po::value(&o.data), "files or folders; also as plain arguments")(
-      "sequence-column", po::value(&o.sequence_column)->default_value(o.sequence_column),
-      "of CSV/TSV")("label-column", po::value(&o.label_column)->default_value(o.label_column),
-                    "of CSV/TSV")("table", po::value(&o.table)->default_value(o.table),
-                                  "name<TAB>label of the records of FASTA files")(
-      "min-length", size(o.min_length), "windows: shortest; 0: as --max-length")(
-      "max-length", size(o.max_length),
-      "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024)")(
-      "validation", po::value(&o.validation)->default_value(o.validation),
-      "file or folder; else a part is held out")(
-      "validation-fraction",
-      po::value(&o.validation_fraction)
-          ->default_value(o.validation_fraction, fmt::format("{:g}", o.validation_fraction)),
-      "held out where there is no --validation; 0: none")(
-      "validation-tokens", size(o.validation_tokens),
-      "validation set thinned to this; 0: all of it")("no-reverse-complement",
-                                                      flag(no_reverse_complement),
-                                                      "the strand matters: no such augmentation")(
-      "mutate", po::value(&o.mutate)->default_value(o.mutate, fmt::format("{:g}", o.mutate)),
-      "augmentation: substitutions per base")("balance", flag(o.balance),
-                                              "weigh classes inversely to their counts");
-  steps.add_options()(
-      "epochs", po::value(&o.epochs)->default_value(o.epochs, fmt::format("{:g}", o.epochs)),
-      "passes over the data")("steps", size(o.steps), "instead of epochs; 0: from epochs")(
-      "batch-tokens", size(o.batch_tokens), "bases in a batch")(
-      "lr", po::value(&o.lr)->default_value(o.lr, fmt::format("{:g}", o.lr)), "peak learning rate")(
-      "min-lr", po::value(&o.min_lr)->default_value(o.min_lr, fmt::format("{:g}", o.min_lr)),
-      "at the end, as a part of --lr")(
-      "warmup", po::value(&o.warmup)->default_value(o.warmup, fmt::format("{:g}", o.warmup)),
-      "part of all steps")("weight-decay",
-                           po::value(&o.weight_decay)
-                               ->default_value(o.weight_decay, fmt::format("{:g}", o.weight_decay)),
-                           "AdamW's")(
-      "clip", po::value(&o.clip)->default_value(o.clip, fmt::format("{:g}", o.clip)),
-      "largest gradient norm; 0: none");
-  run.add_options()("out,o", po::value(&o.out)->default_value(o.out), "model folder to write")(
-      "resume", flag(o.resume), "go on from the last checkpoint; options and data are remembered")(
-      "eval-every", size(o.eval_every), "steps; 0: twenty times in the run")(
-      "checkpoint-every", size(o.checkpoint_every), "steps; 0: at every evaluation")(
-      "patience", size(o.patience), "stop after so many evaluations without improvement; 0: never")(
-      "metric", po::value(&o.metric)->default_value(o.metric),
-      "mcc | accuracy | auroc | loss: which model is best")(
-      "max-minutes",
-      po::value(&o.max_minutes)->default_value(o.max_minutes, fmt::format("{:g}", o.max_minutes)),
-      "stop after this, with an evaluation and a checkpoint; 0: no limit")(
-      "log", po::value(&o.log)->default_value(o.log), "JSON lines; default MODEL/train/log.jsonl");
+  network.add_options()  //
+      ("preset", option(o.preset, "NAME"),
+       fmt::format("{}: applied before all other options", fmt::join(preset_names(), " | "))
+           .c_str())  //
+      ("objective",
+       choice(o.objective, {{"classify", Objective::classify}, {"lm", Objective::lm}}, "objective"),
+       "classify | lm")                                                                 //
+      ("from", option(o.from, "MODEL"), "start from the weights of this model folder")  //
+      ("d-model", size(o.d), "width")                                                   //
+      ("layers", size(o.layers, "COUNT"), "layers")                                     //
+      ("state", size(o.n), "SSM state per channel")                                     //
+      ("pooling", choice(o.pooling, {{"mean", Pooling::mean}, {"last", Pooling::last}}, "pooling"),
+       "mean | last: what the classifier sees of a sequence");
+  data.add_options()  //
+      ("data", po::value(&o.data)->value_name("DATA"),
+       "files or folders; also as plain arguments")                                       //
+      ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                //
+      ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                      //
+      ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")  //
+      ("min-length", size(o.min_length), "windows: shortest; 0: as --max-length")         //
+      ("max-length", size(o.max_length),
+       "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024)")                   //
+      ("validation", option(o.validation, "PATH"), "file or folder; else a part is held out")  //
+      ("validation-fraction", option(o.validation_fraction, "SHARE"),
+       "held out where there is no --validation; 0: none")  //
+      ("validation-tokens", size(o.validation_tokens),
+       "validation set thinned to this; 0: all of it")  //
+      ("no-reverse-complement", flag(no_reverse_complement),
+       "the strand matters: no such augmentation")                                   //
+      ("mutate", option(o.mutate, "SHARE"), "augmentation: substitutions per base")  //
+      ("balance", flag(o.balance), "weigh classes inversely to their counts");
+  steps.add_options()                                                         //
+      ("epochs", option(o.epochs, "NUMBER"), "passes over the data")          //
+      ("steps", size(o.steps, "COUNT"), "instead of epochs; 0: from epochs")  //
+      ("batch-tokens", size(o.batch_tokens), "bases in a batch")              //
+      ("lr", option(o.lr, "NUMBER"), "peak learning rate")                    //
+      ("min-lr", option(o.min_lr, "SHARE"), "at the end, as a part of --lr")  //
+      ("warmup", option(o.warmup, "SHARE"), "part of all steps")              //
+      ("weight-decay", option(o.weight_decay, "NUMBER"), "AdamW's")           //
+      ("clip", option(o.clip, "NUMBER"), "largest gradient norm; 0: none");
+  run.add_options()                                                  //
+      ("output,o", option(o.out, "MODEL"), "model folder to write")  //
+      ("resume", flag(o.resume),
+       "go on from the last checkpoint; options and data are remembered")                       //
+      ("eval-every", size(o.eval_every, "COUNT"), "steps; 0: twenty times in the run")          //
+      ("checkpoint-every", size(o.checkpoint_every, "COUNT"), "steps; 0: at every evaluation")  //
+      ("patience", size(o.patience, "COUNT"),
+       "stop after so many evaluations without improvement; 0: never")  //
+      ("metric", option(o.metric, "NAME"),
+       "mcc | accuracy | auroc | loss: which model is best; default mcc, lm: loss")  //
+      ("max-minutes", option(o.max_minutes, "NUMBER"),
+       "stop after this, with an evaluation and a checkpoint; 0: no limit")  //
+      ("log", option(o.log, "FILE"), "JSON lines; default MODEL/train/log.jsonl");
   all.add(network).add(data).add(steps).add(run);
   return all;
 }
@@ -212,18 +209,29 @@ int run_train(int argc, char** argv) {
   check(!options.resume || has_checkpoint(options.out) || !options.data.empty(),
         "'{}' holds no run to resume", options.out);
   if (options.data.empty()) throw UsageError("no data to train on");
+  std::vector<std::string> read = options.data;
+  read.insert(read.end(), {options.validation, options.table});
+  check_outputs({options.log}, read);
   if (matrix_dtype(given.common) == DType::bf16 &&
       device_of(given.common).kind == Device::Kind::cpu)
     throw UsageError("--precision bf16: training on a CPU is in f32");
   if (!options.from.empty()) {  // the network is that model's
     const Config config = read_config(options.from);
+    TrainOptions preset;
+    apply_preset(options.preset, preset);
+    const auto layers = static_cast<int64_t>(config.layers.size());
+    if (!given.values["preset"].defaulted() && (preset.d != config.d || preset.layers != layers))
+      throw UsageError(fmt::format("--preset {} is d {} with {}, '{}' has d {} with {}",
+                                   options.preset, preset.d, counted(preset.layers, "layer"),
+                                   options.from, config.d, counted(layers, "layer")),
+                       "leave --preset out: the network is that of --from, --lr the learning rate");
     const auto same = [&](const char* name, int64_t& member, int64_t value) {
       check(given.values[name].defaulted() || member == value, "--{} {}: '{}' has {}", name, member,
             options.from, value);
       member = value;
     };
     same("d-model", options.d, config.d);
-    same("layers", options.layers, static_cast<int64_t>(config.layers.size()));
+    same("layers", options.layers, layers);
     same("state", options.n, config.n);
   }
 

@@ -35,6 +35,10 @@ std::string with_commas(int64_t value) {
   return digits;
 }
 
+std::string counted(int64_t count, const char* thing) {
+  return fmt::format("{} {}{}", with_commas(count), thing, count == 1 ? "" : "s");
+}
+
 std::string describe(const RunPoint& point, Objective objective) {
   const Metrics& m = point.validation.metrics;
   std::string line =
@@ -48,7 +52,7 @@ std::string describe(const RunPoint& point, Objective objective) {
   }
   line += fmt::format("  {:.1f}k tok/s  ETA {}", point.tokens_per_second / 1000,
                       duration(point.seconds_left));
-  if (point.best) line += "  best";
+  if (point.best && m.count > 0) line += "  best";
   return line;
 }
 
@@ -111,29 +115,34 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
   }
   card += fmt::format(
       "\n| | |\n|---|---|\n| network | Mamba, {} layers, d {}, n {}, {} parameters |\n"
-      "| made with | coil {} train |\n| data | {} |\n| training | {} examples, {} bases |\n",
+      "| made with | coil {} train |\n| data | {} |\n| training | {}, {} |\n",
       config.layers.size(), config.d, config.n, with_commas(parameters(config)), COIL_VERSION,
-      fmt::join(options.data, ", "), with_commas(facts.train_examples),
-      with_commas(facts.train_bases));
-  card += fmt::format("| validation | {}: {} examples, {} bases |\n",
-                      options.validation.empty()
-                          ? fmt::format("{:g} of the data held out", options.validation_fraction)
-                          : options.validation,
-                      with_commas(facts.held_out), with_commas(facts.held_out_bases));
+      fmt::join(options.data, ", "), counted(facts.train_examples, "example"),
+      counted(facts.train_bases, "base"));
+  const bool validated = facts.held_out > 0;
+  if (validated)
+    card += fmt::format("| validation | {}: {}, {} |\n",
+                        options.validation.empty()
+                            ? fmt::format("{:g} of the data held out", options.validation_fraction)
+                            : options.validation,
+                        counted(facts.held_out, "example"), counted(facts.held_out_bases, "base"));
   if (options.max_length > 0)
     card += fmt::format("| windows | {} to {} bases |\n", options.min_length, options.max_length);
-  card += fmt::format("| this model | step {} of {}, best validation {} |\n", facts.best.step,
-                      facts.best.steps, facts.metric);
+  card += fmt::format("| this model | step {} of {}, {} |\n", facts.best.step, facts.best.steps,
+                      validated ? fmt::format("best validation {}", facts.metric)
+                                : "the last; there was no validation set");
   if (m.count > 0 && lm)
     card +=
         fmt::format("| validation | {:.4f} bits per base |\n", facts.best.validation.bits_per_base);
   if (m.count > 0 && !lm)
     card += fmt::format("| validation | accuracy {:.4f}, MCC {:.4f}, AUROC {:.4f}, loss {:.4f} |\n",
                         m.accuracy, m.mcc, m.auroc, m.loss);
-  card +=
-      "\nThe validation figures chose this model, so they flatter it: measure it with `coil eval` "
-      "on data "
-      "that took no part in training.\n\n## Options\n\n```json\n";
+  if (validated)
+    card +=
+        "\nThe validation figures chose this model, so they flatter it: measure it with `coil "
+        "eval` "
+        "on data that took no part in training.\n";
+  card += "\n## Options\n\n```json\n";
   card += json::parse(to_json(options)).dump(2);
   card += "\n```\n";
   return card;

@@ -22,6 +22,7 @@ std::string describe(const RunPoint& point, Objective objective);  // one line
 std::string to_json(const RunPoint& point, Objective objective);   // one line
 std::string duration(double seconds);                              // "4:07", "1:02:33"
 std::string with_commas(int64_t value);                            // "12,345"
+std::string counted(int64_t count, const char* thing);             // "1 layer", "12,345 layers"
 
 // Appends lines to a file and flushes each. Opened for a resumed run, drops the lines after its
 // step.

@@ -59,6 +59,7 @@ int64_t bases(std::span<const Example> items) {
   return total;
 }
 
+// Throws UsageError with what was expected and what was found.
 void check_ranges(const TrainOptions& o) {
   const auto within = [](const char* name, double value, double low, double high) {
     if (!(value >= low && value <= high))
@@ -74,7 +75,7 @@ void check_ranges(const TrainOptions& o) {
   within("steps", static_cast<double>(o.steps), 0, kAny);
   within("epochs", o.epochs, 0, kAny);
   within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
-  within("lr", o.lr, 0, kAny);
+  if (!(o.lr > 0)) throw UsageError(fmt::format("--lr: expected more than 0, found {:g}", o.lr));
   within("min-lr", o.min_lr, 0, 1);
   within("warmup", o.warmup, 0, 1);
   within("weight-decay", o.weight_decay, 0, kAny);
@@ -158,8 +159,11 @@ class Trainer {
 
 void Trainer::check_folder() const {
   check(!options_.out.empty(), "no model folder to write to: -o MODEL");
-  if (!fs::exists(options_.out)) return;
-  check(fs::is_directory(options_.out), "'{}' is not a folder", options_.out);
+  std::error_code error;
+  const fs::file_status status = fs::status(options_.out, error);
+  if (status.type() == fs::file_type::not_found) return;
+  check(!error, "'{}': {}", options_.out, error.message());
+  check(fs::is_directory(status), "'{}' is not a folder", options_.out);
   if (options_.resume) {
     if (!has_checkpoint(options_.out) && fs::exists(fs::path(options_.out) / "model.safetensors"))
       fail("'{}' holds a model but no checkpoint to resume from", options_.out);
@@ -279,17 +283,19 @@ void Trainer::begin() {
       OptimizerOptions{
           .lr = options_.lr, .weight_decay = options_.weight_decay, .clip = options_.clip});
 
-  say(fmt::format("{} training examples ({} bases), {} for validation ({} bases){}",
-                  with_commas(static_cast<int64_t>(parts_.train.size())),
-                  with_commas(bases(parts_.train)),
+  say(fmt::format("{} ({}), {} for validation ({}){}",
+                  counted(static_cast<int64_t>(parts_.train.size()), "training example"),
+                  counted(bases(parts_.train), "base"),
                   with_commas(static_cast<int64_t>(parts_.held_out.size())),
-                  with_commas(bases(parts_.held_out)),
+                  counted(bases(parts_.held_out), "base"),
                   lm() ? "" : fmt::format(", {} classes", all_.labels.size())));
-  say(fmt::format(
-      "{} layers, d {}, n {}: {} parameters; {} steps of {} tokens, learning rate {:g}, {} threads",
-      options_.layers, options_.d, options_.n, with_commas(parameters(config)),
-      with_commas(options_.steps), with_commas(options_.batch_tokens), options_.lr,
-      options_.threads));
+  if (parts_.held_out.empty() && options_.validation_fraction > 0)
+    say("note: too little data to hold a part out: nothing is validated, the last model is kept");
+  say(fmt::format("{}, d {}, n {}: {}; {} of {}, learning rate {:g}, {}",
+                  counted(options_.layers, "layer"), options_.d, options_.n,
+                  counted(parameters(config), "parameter"), counted(options_.steps, "step"),
+                  counted(options_.batch_tokens, "token"), options_.lr,
+                  counted(options_.threads, "thread")));
   if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
     std::vector<double> counts(all_.labels.size(), 0);
     for (const Example& item : parts_.train) counts[item.label] += 1;
@@ -307,7 +313,9 @@ void Trainer::begin() {
     check(!taken.empty(), "'{}' has no tensor in common with this model", options_.from);
     say(fmt::format("{} tensors taken from {}", taken.size(), options_.from));
   }
-  fs::create_directories(fs::path(options_.out) / "train");
+  std::error_code error;
+  fs::create_directories(fs::path(options_.out) / "train", error);
+  check(!error, "cannot make the folder '{}': {}", options_.out, error.message());
   log_ = std::make_unique<RunLog>(options_.log, -1);
   json start = json::parse(to_json(options_));
   start["event"] = "start";
