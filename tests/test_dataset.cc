@@ -137,8 +137,7 @@ TEST_F(Dataset, BadInput) {
   EXPECT_CONTAINS(csv("sequence,label\nA,0\nC,0\nG,1\n"), "class '1' is seen once");
   EXPECT_CONTAINS(csv("sequence,label\nA,0\nC,0\n"), "only one class, '0'");
   EXPECT_CONTAINS(dataset_error(path("none.csv")), "none.csv: cannot open");
-  EXPECT_CONTAINS(dataset_error(write("x.sam", "@SQ\tSN:a\tLN:9\n")),
-                  "alignments have no labels");
+  EXPECT_CONTAINS(dataset_error(write("x.sam", "@SQ\tSN:a\tLN:9\n")), "alignments have no labels");
   std::filesystem::create_directories(path("flat"));
   EXPECT_CONTAINS(dataset_error(path("flat")), "one folder per class was expected");
   std::filesystem::create_directories(path("flat/a"));
