@@ -41,7 +41,7 @@ class Remarked final : public Source {
   bool next(Segment& segment) override {
     const bool more = source_->next(segment);
     if (!more && empty_) fmt::print(stderr, "warning: {}: no records\n", name_);
-    empty_ &= !more;
+    empty_ = false;
     return more;
   }
   double fraction() const override { return source_->fraction(); }

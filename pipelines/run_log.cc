@@ -139,9 +139,8 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
                         m.accuracy, m.mcc, m.auroc, m.loss);
   if (validated)
     card +=
-        "\nThe validation figures chose this model, so they flatter it: measure it with `coil "
-        "eval` "
-        "on data that took no part in training.\n";
+        "\nThe validation figures chose this model, so they flatter it: measure it with `coil eval`"
+        " on data that took no part in training.\n";
   card += "\n## Options\n\n```json\n";
   card += json::parse(to_json(options)).dump(2);
   card += "\n```\n";

@@ -59,7 +59,6 @@ int64_t bases(std::span<const Example> items) {
   return total;
 }
 
-// Throws UsageError with what was expected and what was found.
 void check_ranges(const TrainOptions& o) {
   const auto within = [](const char* name, double value, double low, double high) {
     if (!(value >= low && value <= high))
@@ -289,8 +288,8 @@ void Trainer::begin() {
                   with_commas(static_cast<int64_t>(parts_.held_out.size())),
                   counted(bases(parts_.held_out), "base"),
                   lm() ? "" : fmt::format(", {} classes", all_.labels.size())));
-  if (parts_.held_out.empty() && options_.validation_fraction > 0)
-    say("note: too little data to hold a part out: nothing is validated, the last model is kept");
+  if (parts_.held_out.empty())
+    say("note: nothing is held out to validate with: the last model is kept");
   say(fmt::format("{}, d {}, n {}: {}; {} of {}, learning rate {:g}, {}",
                   counted(options_.layers, "layer"), options_.d, options_.n,
                   counted(parameters(config), "parameter"), counted(options_.steps, "step"),
