@@ -23,6 +23,7 @@ namespace {
 
 using cuda::bf16;
 using cuda::div_up;
+using cuda::expect_here;
 using cuda::from_float;
 using cuda::to_float;
 
@@ -409,11 +410,6 @@ bool aligned(const View& view, int64_t width) {
   for (int i = 0; i + 1 < view.rank; ++i)
     ok = ok && view.stride[i] * size_of(view.dtype) % bytes == 0;
   return ok;
-}
-
-void expect_here(const char* op, const char* operand, const View& view, Device device) {
-  check(!view || view.device == device, "{}: {} is not in memory of cuda:{}", op, operand,
-        device.index);
 }
 
 template <class Op>

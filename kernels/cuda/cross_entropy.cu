@@ -15,6 +15,7 @@
 namespace coil {
 namespace {
 
+using cuda::activation;
 using cuda::bf16;
 using cuda::div_up;
 using cuda::from_float;
@@ -142,8 +143,6 @@ __global__ void __launch_bounds__(kThreads) long_rows_kernel(const Operands<T, G
   for (int64_t i = threadIdx.x; i < op.v; i += kThreads)
     dlogits[i] = gradient_of<G>(factors, i, expf(to_float(logits[i]) - most));
 }
-
-DType activation(const View& view) { return view.dtype == DType::bf16 ? DType::bf16 : DType::f32; }
 
 }  // namespace
 

@@ -44,6 +44,16 @@ void with_type(const char* op, const View& view, F&& f) {
   fail("{}: {}, expected f32 or bf16", op, view.shape());
 }
 
+// Checks that an operand, where it is given, lies in this GPU's memory.
+inline void expect_here(const char* op, const char* operand, const View& view, Device device) {
+  coil::check(!view || view.device == device, "{}: {} is not in memory of cuda:{}", op, operand,
+              device.index);
+}
+// For expect(): the type that an activation has, which may be f32 or bf16.
+inline DType activation(const View& view) {
+  return view.dtype == DType::bf16 ? DType::bf16 : DType::f32;
+}
+
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The piece that tile i belongs to: the last p with first[p] <= i. first (pieces) ascending.

@@ -20,6 +20,7 @@ namespace {
 
 using cuda::bf16;
 using cuda::div_up;
+using cuda::expect_here;
 using cuda::to_float;
 
 constexpr int kThreads = 256;
@@ -162,11 +163,6 @@ __global__ void __launch_bounds__(kThreads)
 bool aligned(const View& view) {
   return reinterpret_cast<uintptr_t>(view.data) % (kWide * size_of(view.dtype)) == 0 &&
          view.stride[0] % kWide == 0;
-}
-
-void expect_here(const char* op, const char* operand, const View& view, Device device) {
-  check(!view || view.device == device, "{}: {} is not in memory of cuda:{}", op, operand,
-        device.index);
 }
 
 }  // namespace

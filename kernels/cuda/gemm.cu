@@ -223,7 +223,7 @@ void CudaBackend::run(const Gemm& op) {
     expect("gemm", name, view, view.dtype,
            transposed ? std::initializer_list<int64_t>{cols, rows}
                       : std::initializer_list<int64_t>{rows, cols});
-    check(view.device == device(), "gemm: {} is not on cuda:{}", name, index_);
+    cuda::expect_here("gemm", name, view, device());
   };
   expect_matrix("a", op.a, m, k, op.ta);
   expect_matrix("b", op.b, k, n, op.tb);

@@ -17,8 +17,10 @@
 namespace coil {
 namespace {
 
+using cuda::activation;
 using cuda::bf16;
 using cuda::div_up;
+using cuda::expect_here;
 using cuda::from_float;
 using cuda::to_float;
 
@@ -322,13 +324,6 @@ bool aligned(const View& view) {
   if (!view) return true;
   return reinterpret_cast<uintptr_t>(view.data) % (kWide * size_of(view.dtype)) == 0 &&
          (view.rank < 2 || view.stride[0] % kWide == 0);
-}
-
-DType activation(const View& view) { return view.dtype == DType::bf16 ? DType::bf16 : DType::f32; }
-
-void expect_here(const char* op, const char* operand, const View& view, Device device) {
-  check(!view || view.device == device, "{}: {} is not in memory of cuda:{}", op, operand,
-        device.index);
 }
 
 // out(c) += sum of x(t,c) or of dy * x * rstd.

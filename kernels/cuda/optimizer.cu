@@ -12,6 +12,7 @@ namespace coil {
 namespace {
 
 using cuda::div_up;
+using cuda::expect_here;
 
 constexpr int kThreads = 256;
 constexpr int64_t kBlocks = 1024;  // of the sum; fixed, so that it is the same on any card
@@ -96,11 +97,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 bool aligned(const View& view) { return reinterpret_cast<uintptr_t>(view.data) % 16 == 0; }
-
-void expect_here(const char* op, const char* operand, const View& view, Device device) {
-  check(!view || view.device == device, "{}: {} is not in memory of cuda:{}", op, operand,
-        device.index);
-}
 
 }  // namespace
 

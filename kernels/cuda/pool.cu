@@ -14,8 +14,10 @@
 namespace coil {
 namespace {
 
+using cuda::activation;
 using cuda::bf16;
 using cuda::div_up;
+using cuda::expect_here;
 using cuda::from_float;
 using cuda::to_float;
 
@@ -149,16 +151,9 @@ __global__ void __launch_bounds__(kThreads)
         row + 1 == piece.length ? own : other;
 }
 
-DType activation(const View& view) { return view.dtype == DType::bf16 ? DType::bf16 : DType::f32; }
-
 bool aligned(const View& view, int64_t width) {
   return view.cols() % width == 0 && view.stride[0] % width == 0 &&
          reinterpret_cast<uintptr_t>(view.data) % (width * size_of(view.dtype)) == 0;
-}
-
-void expect_here(const char* op, const char* operand, const View& view, Device device) {
-  check(!view || view.device == device, "{}: {} is not in memory of cuda:{}", op, operand,
-        device.index);
 }
 
 Batch batch_of(const Rows& rows, int64_t d) {

@@ -150,14 +150,11 @@ void check_scan(const char* name, const CudaBackend& backend, const Op& op) {
   expect_rank(name, "x", op.x, 2);
   expect_rank(name, "A_log", op.A_log, 2);
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
-  const DType act = op.x.dtype;
-  coil::check(act == DType::f32 || act == DType::bf16, "{}: x is {}, expected f32 or bf16", name,
-              op.x.shape());
+  const DType act = activation(op.x);
   const auto here = [&](const char* operand, const View& view, DType dtype,
                         std::initializer_list<int64_t> shape) {
     expect(name, operand, view, dtype, shape);
-    coil::check(view.device == backend.device(), "{}: {} is not on cuda:{}", name, operand,
-                backend.device().index);
+    expect_here(name, operand, view, backend.device());
   };
   here("x", op.x, act, {t, e});
   here("dt", op.dt, act, {t, e});
@@ -179,8 +176,7 @@ inline void check_scan_state(const char* name, const char* operand, const CudaBa
                              const View& state, const Rows& rows, int64_t e, int64_t n) {
   expect_rank(name, operand, state, 3);
   expect(name, operand, state, DType::f32, {state.rows(), e, n});
-  coil::check(state.device == backend.device(), "{}: {} is not on cuda:{}", name, operand,
-              backend.device().index);
+  expect_here(name, operand, state, backend.device());
   coil::check(state.rows() >= rows.slots(), "{}: {} is {}, expected {} slots or more", name,
               operand, state.shape(), rows.slots());
 }

@@ -221,7 +221,7 @@ void CudaBackend::run(const SelectiveScan& op) {
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
   const auto pieces = static_cast<int64_t>(op.rows->pieces().size());
   expect("selective_scan", "y", op.y, op.x.dtype, {t, e});
-  check(op.y.device == device(), "selective_scan: y is not on cuda:{}", index_);
+  expect_here("selective_scan", "y", op.y, device());
   check(op.y.data != op.x.data, "selective_scan: y is x, expected another tensor");
   expect_if("selective_scan", "sum_dt", op.sum_dt, DType::f32, {pieces, e});
   if (op.state || op.rows->slots() > 0)

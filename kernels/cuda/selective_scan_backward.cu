@@ -378,7 +378,7 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
   const auto here = [&](const char* operand, const View& view, DType dtype,
                         std::initializer_list<int64_t> shape) {
     expect(name, operand, view, dtype, shape);
-    check(view.device == device(), "{}: {} is not on cuda:{}", name, operand, index_);
+    expect_here(name, operand, view, device());
   };
   here("dy", op.dy, act, {t, e});
   check(bool(op.checkpoints), "{}: checkpoints are missing", name);
