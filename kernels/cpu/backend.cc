@@ -34,13 +34,13 @@ int64_t size_class(int64_t bytes) {
   return (bytes + step - 1) / step * step;
 }
 
-// Large blocks in pages of 2 MiB: prefetching stops at a page's end, and decoding reads weights
-// 1.4 times as fast (32 instead of 23 GB/s on one core of a Zen 4).
+// Blocks from half a large page on in pages of 2 MiB: prefetching stops at a page's end, and
+// decoding reads weights 1.4 times as fast (32 instead of 23 GB/s on one core of a Zen 4).
 void* allocate(int64_t size) {
-  if (size < kHugePage) return std::aligned_alloc(kAlignment, size);
-  void* data = std::aligned_alloc(kHugePage, (size + kHugePage - 1) / kHugePage * kHugePage);
-  if (data)
-    madvise(data, size, MADV_HUGEPAGE);  // advice: where it is refused, all goes on as before
+  if (size < kHugePage / 2) return std::aligned_alloc(kAlignment, size);
+  const int64_t whole = (size + kHugePage - 1) / kHugePage * kHugePage;
+  void* data = std::aligned_alloc(kHugePage, whole);
+  if (data) madvise(data, whole, MADV_HUGEPAGE);  // advice: refused, all goes on as before
   return data;
 }
 

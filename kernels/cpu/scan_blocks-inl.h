@@ -14,7 +14,7 @@
 
 namespace coil {
 
-constexpr int64_t kParallelWork = 32 << 10;  // channels x states x steps from which threads pay
+constexpr int64_t kParallelWork = 8 << 10;  // channels x states x steps from which threads pay
 
 inline std::vector<int64_t> first_checkpoints(const Rows& rows) {
   std::vector<int64_t> first;
