@@ -104,9 +104,9 @@ struct Conv1dBackward {
 // + dt_bias):
 //   h[i] = exp(delta * A[c,i]) * h[i] + delta * x * B[i],   A = -exp(A_log)
 //   y    = sum_i C[i] * h[i] + D[c] * x,    then y *= silu(z) where z is given
-// checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = Backend::scan_block(),
-// in order of pieces; (scan_checkpoints(backend, rows), e, n) f32, layout private to the backend.
-class Backend;
+// checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = scan_block(device), in
+// order of pieces; (scan_checkpoints(backend, rows), e, n) f32, layout private to the backend.
+constexpr int64_t scan_block(Device device) { return device.kind == Device::Kind::cpu ? 32 : 8; }
 int64_t scan_checkpoints(const Backend& backend, const Rows& rows);  // sum of ceil(length / k)
 
 struct SelectiveScan {
@@ -187,7 +187,6 @@ class Backend {
   virtual int threads() const = 0;  // host threads an op uses
   // The type of activations beside matrices of this type.
   virtual DType activations(DType /* matrices */) const { return DType::f32; }
-  virtual int64_t scan_block() const { return 32; }  // steps between checkpoints of a scan
 
   // Memory. free() of a block keeps it for the next alloc of its size class.
   virtual void* alloc(int64_t bytes) = 0;

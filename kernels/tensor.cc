@@ -215,7 +215,7 @@ Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
 }
 
 int64_t scan_checkpoints(const Backend& backend, const Rows& rows) {
-  const int64_t block = backend.scan_block();
+  const int64_t block = scan_block(backend.device());
   int64_t count = 0;
   for (const Piece& piece : rows.pieces()) count += (piece.length + block - 1) / block;
   return count;

@@ -12,7 +12,8 @@
 
 namespace coil {
 
-constexpr int64_t kScanBlock = 32;  // steps that the scan walks with one block of channels
+// Steps that the scan walks with one block of channels.
+constexpr int64_t kScanBlock = scan_block(Device{});
 
 class CpuBackend final : public Backend {
  public:
@@ -20,7 +21,6 @@ class CpuBackend final : public Backend {
   ~CpuBackend() override;
   Device device() const override { return {}; }
   int threads() const override { return threads_; }
-  int64_t scan_block() const override { return kScanBlock; }
 
   void* alloc(int64_t bytes) override;
   void free(void* data) override;

@@ -22,7 +22,6 @@ class CudaBackend final : public Backend {
   Device device() const override { return {Device::Kind::cuda, index_}; }
   int threads() const override { return 1; }
   DType activations(DType matrices) const override { return matrices; }
-  int64_t scan_block() const override { return 8; }  // kScanSteps of scan.cuh
 
   void* alloc(int64_t bytes) override;
   void free(void* data) override;

@@ -15,6 +15,7 @@ constexpr int kStates = 16;  // in a thread's registers
 constexpr int kThreads = 128;
 constexpr int kStage = 32;     // steps of B and C in shared memory
 constexpr int kScanSteps = 8;  // loaded ahead; also the steps between checkpoints
+static_assert(kScanSteps == scan_block({Device::Kind::cuda, 0}));
 constexpr float kLog2e = 1.44269504088896341f;
 
 // Operands of both directions. Arrays of tiles are (tiles, kStates, e), of one group of states.
