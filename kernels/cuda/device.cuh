@@ -54,6 +54,15 @@ inline DType activation(const View& view) {
   return view.dtype == DType::bf16 ? DType::bf16 : DType::f32;
 }
 
+// Before a launch whose shared memory, static and dynamic, may be above the 48 KB that need no
+// asking.
+template <class Kernel>
+void allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 32 << 10) return;
+  check_call(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+             "shared memory");
+}
+
 inline int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The piece that tile i belongs to: the last p with first[p] <= i. first (pieces) ascending.

@@ -2,9 +2,11 @@
 // the arithmetic of one step, the checks of operands.
 //
 // Threads hold 16 states of a channel in registers; networks of more states go 16 at a time
-// (`group`), fewer are filled up with states that stay 0. A block of threads takes kThreads
-// (times the width) channels over one tile of time: a whole piece, or a chunk of one. B and C of 32
-// steps lie in shared memory, where all lanes read the same word at once.
+// (`group`), fewer are filled up with states that stay 0. A block of threads takes some channels
+// over one tile of time: a whole piece, or a chunk of one, kScanSteps steps after another. What the
+// steps read comes through shared memory, where it arrives while earlier steps are computed:
+// activations by asynchronous copies (Ring), B and C by way of registers, as f32 (Matrices); all
+// lanes read the same word of B and C at once.
 #pragma once
 
 #include "kernels/cuda/device.cuh"
@@ -13,10 +15,50 @@ namespace coil::cuda {
 
 constexpr int kStates = 16;  // in a thread's registers
 constexpr int kThreads = 128;
-constexpr int kStage = 32;     // steps of B and C in shared memory
-constexpr int kScanSteps = 8;  // loaded ahead; also the steps between checkpoints
+constexpr int kScanSteps = 8;  // loaded and computed at once; also the steps between checkpoints
+constexpr int kSlots = 3;      // kScanSteps steps in use, and twice as many on their way
+constexpr int kUnrolled = 4;   // steps; eight are no faster, and more instructions to fetch
 static_assert(kScanSteps == scan_block({Device::Kind::cuda, 0}));
 constexpr float kLog2e = 1.44269504088896341f;
+
+__device__ inline float power_of_two(float x) {
+  float y;
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+  y = exp2f(x);
+#endif
+  return y;
+}
+
+__device__ inline float reciprocal(float x) {
+  float y;
+#ifdef __CUDA_ARCH__
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+  y = 1 / x;
+#endif
+  return y;
+}
+
+// 1 / (1 + e^-x); NaN stays.
+__device__ inline float sigmoid_of(float x) { return reciprocal(1.f + power_of_two(-kLog2e * x)); }
+
+// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), the logarithm as u times a minimax polynomial of
+// relative error 2e-7, accurate also where the result is small: a delta of 1e-4 is ordinary. One
+// power of two where a logarithm would be a second one.
+__device__ inline float softplus_of(float x, float* slope = nullptr) {
+  const float u = power_of_two(-kLog2e * fabsf(x));
+  if (slope) *slope = reciprocal(1.f + u) * (x < 0 ? u : 1.f);
+  float p = fmaf(-0.008539198897778988f, u, 0.04408959671854973f);
+  p = fmaf(p, u, -0.10768166184425354f);
+  p = fmaf(p, u, 0.17745238542556763f);
+  p = fmaf(p, u, -0.24495461583137512f);
+  p = fmaf(p, u, 0.33275479078292847f);
+  p = fmaf(p, u, -0.4999740421772003f);
+  p = fmaf(p, u, 0.9999998211860657f);
+  return fmaf(p, u, fmaxf(x, 0.f));  // NaN: u is NaN
+}
 
 // Operands of both directions. Arrays of tiles are (tiles, kStates, e), of one group of states.
 template <class T>
@@ -25,6 +67,7 @@ struct ScanOperands {
   int64_t x_stride, dt_stride, z_stride, B_stride, C_stride;
   const float *A_log, *D, *dt_bias;  // (e,n) (e) (e)
   int64_t A_stride;
+  bool A_words;  // rows of A_log are whole 16 bytes
   const Piece* pieces;
   const int32_t* first;  // first tile of each piece
   int pieces_count, n, group;
@@ -40,10 +83,44 @@ struct ScanOperands {
   __device__ int64_t in_tile(int64_t tile, int i, int64_t channel) const {
     return (tile * kStates + i) * e + channel;
   }
-  // A log2(e), so that a decay is one power of two; 0 for states past n, which then stay 0.
+  // rate = A log2(e), so that a decay is one power of two; 0 for states past n, which then stay 0.
+  __device__ static float rate(float A_log) { return power_of_two(kLog2e * A_log) * -kLog2e; }
   __device__ float rate(int64_t channel, int i) const {
     if (i >= states()) return 0;
-    return -expf(A_log[channel * A_stride + group * kStates + i]) * kLog2e;
+    return rate(A_log[channel * A_stride + group * kStates + i]);
+  }
+  __device__ void rates(int64_t channel, float (&to)[kStates]) const {
+    const float* const from = A_log + channel * A_stride + group * kStates;
+    if (A_words && states() == kStates) {  // a channel's 64 bytes in four loads instead of 16
+#pragma unroll
+      for (int i = 0; i < kStates; i += 4) {
+        const auto four = *reinterpret_cast<const float4*>(from + i);
+        to[i] = rate(four.x), to[i + 1] = rate(four.y);
+        to[i + 2] = rate(four.z), to[i + 3] = rate(four.w);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) to[i] = rate(channel, i);
+    }
+  }
+};
+
+// Of forward.
+template <class T>
+struct Scan : ScanOperands<T> {
+  T* y;
+  int64_t y_stride;
+  float* state;  // (s,e,n) or null
+  int64_t slot_stride, state_stride;
+  float* carry;   // (tiles, kStates, e): local end states, then states carried in; or null
+  float* sums;    // (tiles, e): of delta; with carry
+  float* sum_dt;  // (pieces, e) or null
+  int64_t sum_dt_stride;
+  float* partial_y;  // (t, e): y of the groups of states so far; null with one group
+
+  __device__ bool is_last_group() const { return (this->group + 1) * kStates >= this->n; }
+  __device__ float* state_at(int32_t slot, int64_t channel) const {
+    return state + slot * slot_stride + channel * state_stride + this->group * kStates;
   }
 };
 
@@ -60,88 +137,148 @@ __device__ ScanSpan span_of(const ScanOperands<T>& op, int64_t tile) {
   return {piece, p, begin, min(begin + op.tile_length, piece.length)};
 }
 
-__device__ inline float power_of_two(float x) {
-  float y;
+// Two neighbouring channels of an activation.
+__device__ inline float2 pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
+__device__ inline float2 pair(const bf16* from) {
+  // A bf16 is the upper half of its f32.
+  const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
+  return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+}
+__device__ inline void store_pair(float2 from, float* to) { *reinterpret_cast<float2*>(to) = from; }
+__device__ inline void store_pair(float2 from, bf16* to) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(from.x, from.y);
+}
+
+// 16 bytes from global to shared memory in the background; zeros where `there` is false.
+__device__ inline void copy_later(void* to, const void* from, bool there) {
 #ifdef __CUDA_ARCH__
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
+                   static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 16 : 0));
 #else
-  y = exp2f(x);
+  there ? memcpy(to, from, 16) : memset(to, 0, 16);
 #endif
-  return y;
+}
+__device__ inline void end_of_slot() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.commit_group;");
+#endif
+}
+__device__ inline void wait_for_slot() {  // for all but the last one begun
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_group %0;" ::"n"(kSlots - 2));
+#endif
 }
 
-// 1 / (1 + e^-x); NaN stays.
-__device__ inline float sigmoid_of(float x) {
-  return __fdividef(1.f, 1.f + power_of_two(-kLog2e * x));
+__device__ inline void wait_for_all() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;");
+#endif
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|), the logarithm as u times a minimax polynomial of
-// relative error 4.7e-9, accurate also where the result is small: a delta of 1e-4 is ordinary.
-__device__ inline float softplus_of(float x, float* slope = nullptr) {
-  // e^-|x| with what the rounding of |x| log2(e) lost.
-  const float t = -kLog2e * fabsf(x);
-  const float lost = fmaf(-kLog2e, fabsf(x), -t) - 1.92596299e-8f * fabsf(x);
-  float u = power_of_two(t);
-  u = fmaf(u, lost * 0.693147180559945309f, u);
-  if (slope) *slope = __fdividef(x < 0 ? u : 1.f, 1.f + u);
-  float p = fmaf(-0.0032439805594012446f, u, 0.01985125394997478f);
-  p = fmaf(p, u, -0.056959126142502745f);
-  p = fmaf(p, u, 0.10603611462571036f);
-  p = fmaf(p, u, -0.15305565400282417f);
-  p = fmaf(p, u, 0.19675929163699077f);
-  p = fmaf(p, u, -0.24954131527403114f);
-  p = fmaf(p, u, 0.3332996219149118f);
-  p = fmaf(p, u, -0.499999024142843f);
-  p = fmaf(p, u, 0.9999999952875124f);
-  return fmaf(p, u, x > 0 ? x : x == x ? 0.f : x);
-}
+// kArrays activations (x, dt, …) of a tile, kScanSteps steps of kAcross channels at a time, in
+// kSlots slots of shared memory; from the tile's first step to its last, or (kBack) from the last
+// to the first. kWords: rows can be read 16 bytes at a time. Threads lie along a row, then along
+// rows, and their addresses are only ever added to.
+template <class T, int kArrays, int kAcross, bool kWords, bool kBack>
+struct Ring {
+  using Slot = T[kArrays][kScanSteps][kAcross];
+  static constexpr int kBytes = kSlots * sizeof(Slot);
+  static constexpr int kWord = kWords ? 16 / sizeof(T) : 1;
+  static constexpr int kRows = kWords ? kThreads * kWord / kAcross : 1;  // read at once
+  static constexpr int kColumns = kWords ? 1 : kAcross / kThreads;       // of a thread in each
+  static_assert(kScanSteps % kRows == 0);
+  Slot* slots;
+  int steps, across;              // of the tile; channels of this block that are there
+  int own_row, own_column, step;  // of this thread: in a slot; step that it reads next
+  const T* from[kArrays];         // where from; null: no such array
+  int hop[kArrays];               // to the step after that
 
-// kWidth neighbouring channels of an activation.
-template <class T, int kWidth>
-__device__ void load_channels(const T* from, float (&to)[kWidth]) {
-  if constexpr (kWidth == 2 && sizeof(T) == 2) {
-    const auto pair = *reinterpret_cast<const __nv_bfloat162*>(from);
-    to[0] = __low2float(pair);
-    to[1] = __high2float(pair);
-  } else if constexpr (kWidth == 2) {
-    const auto pair = *reinterpret_cast<const float2*>(from);
-    to[0] = pair.x;
-    to[1] = pair.y;
-  } else {
-    to[0] = to_float(*from);
+  __device__ Ring(void* memory, int steps, int64_t across)
+      : slots(static_cast<Slot*>(memory)),
+        steps(steps),
+        across(static_cast<int>(min(across, static_cast<int64_t>(kAcross)))) {
+    own_row = kWords ? threadIdx.x / (kAcross / kWord) : 0;
+    own_column = kWords ? threadIdx.x % (kAcross / kWord) * kWord : threadIdx.x;
+    const int last = (steps - 1) / kScanSteps * kScanSteps;  // slot that is read first
+    if (kBack) own_row += kScanSteps - kRows;
+    step = kBack ? last + own_row : own_row;
   }
-}
-template <class T, int kWidth>
-__device__ void store_channels(const float (&from)[kWidth], T* to) {
-  if constexpr (kWidth == 2 && sizeof(T) == 2) {
-    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(from[0], from[1]);
-  } else if constexpr (kWidth == 2) {
-    *reinterpret_cast<float2*>(to) = {from[0], from[1]};
-  } else {
-    *to = from_float<T>(from[0]);
+  // data: the block's first channel of the tile's first step.
+  __device__ void set(int array, const T* data, int64_t stride) {
+    from[array] = data ? data + step * stride + own_column : nullptr;
+    hop[array] = static_cast<int>(stride) * (kBack ? -kRows : kRows);
   }
-}
-
-// Rows of B or C from step `begin` on, this group's states, into shared memory; 0 past the end of
-// the tile and past n, so that what is not there adds nothing.
-template <class T>
-__device__ void stage(const ScanOperands<T>& op, const T* from, int64_t stride,
-                      const ScanSpan& span, int64_t begin, float (&to)[kStage][kStates]) {
-  const int states = op.states();
-  for (int k = threadIdx.x; k < kStage * kStates; k += kThreads) {
-    const int s = k / kStates, i = k % kStates;
-    float value = 0;
-    if (begin + s < span.end && i < states)
-      value = to_float(from[op.row(span.piece, begin + s) * stride + op.group * kStates + i]);
-    to[s][i] = value;
+  // Begins to fetch the next kScanSteps steps, zeros where there are none.
+  __device__ void fetch(int slot) {
+#pragma unroll
+    for (int pass = 0; pass < kScanSteps; pass += kRows) {
+      const bool row_there = step >= 0 && step < steps;
+#pragma unroll
+      for (int a = 0; a < kArrays; ++a) {
+        if (!from[a]) continue;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const bool there = row_there && own_column + c * kThreads < across;
+          T* const to =
+              &slots[slot][a][own_row + (kBack ? -pass : pass)][own_column + c * kThreads];
+          if constexpr (kWords)
+            copy_later(to, from[a], there);
+          else
+            *to = there ? from[a][c * kThreads] : from_float<T>(0);
+        }
+        from[a] += hop[a];
+      }
+      step += kBack ? -kRows : kRows;
+    }
+    end_of_slot();
   }
-}
+};
 
-// Whether pairs of channels can be read and written as one word.
-inline bool in_pairs(const View& view) {
+// B and C of kScanSteps steps in shared memory, 0 past the tile's end and past n, so that what is
+// not there adds nothing. A thread takes two neighbouring states of one of them: load() on their
+// way, keep() to their place.
+struct Matrices {
+  float B[kScanSteps][kStates], C[kScanSteps][kStates];
+};
+template <class T, bool kBack>
+struct MatricesOnTheWay {
+  static constexpr int kAcross = kStates / 2;  // threads
+  static_assert(kThreads == 2 * kScanSteps * kAcross);
+  T two[2];
+  const T* from;
+  int64_t hop;
+  int steps, step, states;  // states that are there, of the two
+
+  __device__ MatricesOnTheWay(const ScanOperands<T>& op, int64_t row, int steps) : steps(steps) {
+    const int i = threadIdx.x % kAcross * 2;
+    const int last = (steps - 1) / kScanSteps * kScanSteps;
+    step = threadIdx.x / kAcross % kScanSteps + (kBack ? last : 0);
+    states = op.states() - i;
+    const bool of_B = threadIdx.x < kThreads / 2;
+    const int64_t stride = (op.reverse ? -1 : 1) * (of_B ? op.B_stride : op.C_stride);
+    from = (of_B ? op.B + row * op.B_stride : op.C + row * op.C_stride) + step * stride +
+           op.group * kStates + i;
+    hop = stride * (kBack ? -kScanSteps : kScanSteps);
+  }
+  __device__ void load() {
+    const bool there = step >= 0 && step < steps;
+    two[0] = there && states > 0 ? from[0] : from_float<T>(0);
+    two[1] = there && states > 1 ? from[1] : from_float<T>(0);
+    from += hop;
+    step += kBack ? -kScanSteps : kScanSteps;
+  }
+  __device__ void keep(Matrices& to) const {
+    reinterpret_cast<float2*>(&to)[threadIdx.x] = {to_float(two[0]), to_float(two[1])};
+  }
+};
+
+// Whether rows of an activation can be copied 16 bytes at a time.
+inline bool in_words(const View& view) {
   if (!view) return true;
-  const int64_t bytes = 2 * size_of(view.dtype);
-  return reinterpret_cast<uintptr_t>(view.data) % bytes == 0 && view.stride[0] % 2 == 0;
+  const int64_t word = 16 / size_of(view.dtype);
+  return reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride[0] % word == 0 &&
+         view.cols() % word == 0;
 }
 
 template <class Op>
@@ -196,6 +333,7 @@ void fill_operands(const Op& op, ScanOperands<T>& to) {
   to.C_stride = op.C.stride[0];
   to.A_log = op.A_log.template as<float>();
   to.A_stride = op.A_log.stride[0];
+  to.A_words = reinterpret_cast<uintptr_t>(to.A_log) % 16 == 0 && to.A_stride % 4 == 0;
   to.D = op.D.template as<float>();
   to.dt_bias = op.dt_bias.template as<float>();
   to.pieces = op.rows->device_pieces();
@@ -209,19 +347,23 @@ void fill_operands(const Op& op, ScanOperands<T>& to) {
       op.checkpoints ? op.rows->tiles(kScanSteps).first.template as<int32_t>() : nullptr;
 }
 
-// Steps of a tile: whole pieces where they fill the card or are short, else so long that about four
-// blocks come to a multiprocessor. Returns a multiple of kStage, at least the longest piece where
-// pieces stay whole.
-inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int processors) {
+// Steps of a tile: whole pieces where they fill the card or are short; else so long that the blocks
+// come in whole waves of what runs at once, `at_once` blocks, and a wave's end wastes little.
+// Returns a multiple of kScanSteps, at least the longest piece where pieces stay whole.
+inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_once) {
   int64_t longest = 1;
   for (const Piece& piece : rows.pieces()) longest = std::max(longest, piece.length);
-  const int64_t whole = div_up(longest, kStage) * kStage;
+  const int64_t whole = div_up(longest, kScanSteps) * kScanSteps;
   const auto pieces = static_cast<int64_t>(rows.pieces().size());
-  if (whole <= 64 || pieces * channel_blocks >= 3 * processors) return whole;
-  int64_t length = 1024;
-  while (length > 128 && div_up(rows.total(), length) * channel_blocks < 4 * processors)
-    length /= 2;
-  return std::min(length, whole);
+  if (whole <= 64 || pieces * channel_blocks >= at_once) return whole;
+  constexpr int64_t kBegin = 32;  // a block's beginning takes as long as about so many steps
+  int64_t best = 0, best_cost = 0;
+  for (int64_t length = 128; length <= 1024; length += 32) {
+    const int64_t tiles = pieces == 1 ? div_up(longest, length) : rows.total() / length + pieces;
+    const int64_t cost = div_up(tiles * channel_blocks, at_once) * (length + kBegin);
+    if (best == 0 || cost < best_cost) best = length, best_cost = cost;
+  }
+  return std::min(best, whole);
 }
 
 }  // namespace coil::cuda

@@ -2,150 +2,168 @@
 //   delta = softplus(dt + dt_bias),   h[i] = exp(delta A[c,i]) h[i] + delta x B[i],
 //   y = sum_i C[i] h[i] + D x,   then y *= silu(z) where z is given.
 //
-// Where pieces are short or many, one kernel walks each piece. Where one long sequence would leave
-// the card idle, time is cut into chunks and three kernels follow each other: the state that each
-// chunk ends in if it begins at zero, with its sum of delta; the carry over the chunks of a piece,
+// Where pieces fill the card together, they go through in one pass, a wave of states around a
+// block's warps (scan_wave.cuh). Where one long sequence would leave the card idle, time is cut
+// into chunks and three kernels follow each other: the state that each chunk ends in if it begins
+// at zero, with its sum of delta; the carry over the chunks of a piece,
 //   h_in(k+1) = exp(A sum delta(k)) h_in(k) + h_local(k);
 // and the walk from the states carried in. The first and the last do the same arithmetic, so a cut
-// changes rounding only.
+// changes rounding only. Pieces of a few steps are walked whole.
 //
 // Limit (measured on an H200 with prototypes of this design): issue slots, not memory. A power of
 // two takes 4 of them, so a channel's step costs max(8 M, I + 4 M), M = 19 powers and divisions and
 // I about 100 other instructions; 8 bytes of memory traffic are a quarter of that.
-#include "kernels/cuda/scan.cuh"
+#include "kernels/cuda/scan_wave.cuh"
 
 namespace coil {
 namespace {
 
 using namespace cuda;  // of this file only
 
-template <class T>
-struct Scan : ScanOperands<T> {
-  T* y;
-  int64_t y_stride;
-  float* state;  // (s,e,n) or null
-  int64_t slot_stride, state_stride;
-  float* carry;   // (tiles, kStates, e): local end states, then states carried in; or null
-  float* sums;    // (tiles, e): of delta; with carry
-  float* sum_dt;  // (pieces, e) or null
-  int64_t sum_dt_stride;
-  float* partial_y;  // (t, e): y of the groups of states so far; null with one group
+constexpr int kWalkBlocks = 3, kLocalBlocks = 4;  // of a multiprocessor at once, by registers
 
-  __device__ bool is_last_group() const { return (this->group + 1) * kStates >= this->n; }
-  __device__ float* state_at(int32_t slot, int64_t channel) const {
-    return state + slot * slot_stride + channel * state_stride + this->group * kStates;
-  }
-};
-
-// kLocal: from zero, no output but the end state and the sum of delta. kMany: of more states than a
-// thread holds, whose y comes in parts.
-template <class T, int kWidth, bool kLocal, bool kMany>
-__global__ void __launch_bounds__(kThreads, 3) scan_kernel(const Scan<T> op) {
-  __shared__ float B[kStage][kStates], C[kStage][kStates];
+// A block takes 2 kThreads channels over one tile. kLocal: from zero, no output but the end state
+// and the sum of delta. kRare: without gate, or of more states than a thread holds, whose y comes
+// in parts.
+template <class T, bool kWords, bool kLocal, bool kRare>
+__global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
+    scan_kernel(const Scan<T> op) {
+  using Arrays = Ring<T, kLocal ? 2 : 3, 2 * kThreads, kWords, false>;  // x, dt and z
+  extern __shared__ float4 memory[];
+  __shared__ Matrices matrices[2];
   const int64_t tile = blockIdx.x;
   const ScanSpan span = span_of(op, tile);
-  const int64_t channel = (blockIdx.y * static_cast<int64_t>(kThreads) + threadIdx.x) * kWidth;
-  const bool active = channel < op.e, gate = !kLocal && op.z;
-  const int states = op.states();
+  const int direction = op.reverse ? -1 : 1, steps = static_cast<int>(span.end - span.begin);
+  const int64_t row = op.row(span.piece, span.begin);
+  const int64_t block_channel = blockIdx.y * static_cast<int64_t>(2 * kThreads);
+  const int64_t channel = block_channel + 2 * threadIdx.x;
+  const int here = static_cast<int>(min(op.e - channel, static_cast<int64_t>(2)));  // of the two
 
-  float rate[kWidth][kStates], h[kWidth][kStates], bias[kWidth], D[kWidth], sum[kWidth];
+  Arrays ring(memory, steps, op.e - block_channel);
+  ring.set(0, op.x + row * op.x_stride + block_channel, direction * op.x_stride);
+  ring.set(1, op.dt + row * op.dt_stride + block_channel, direction * op.dt_stride);
+  if constexpr (!kLocal)
+    ring.set(2, op.z ? op.z + row * op.z_stride + block_channel : nullptr, direction * op.z_stride);
+  MatricesOnTheWay<T, false> on_the_way(op, row, steps);
+  on_the_way.load();
 #pragma unroll
-  for (int w = 0; w < kWidth; ++w) {
-    bias[w] = active ? op.dt_bias[channel + w] : 0;
-    D[w] = active && !kLocal ? op.D[channel + w] : 0;
-    sum[w] = 0;
+  for (int slot = 0; slot < kSlots - 1; ++slot) ring.fetch(slot);
+
+  float rate[2][kStates], h[2][kStates], bias[2], D[2], sum[2];
 #pragma unroll
-    for (int i = 0; i < kStates; ++i) {
-      rate[w][i] = active ? op.rate(channel + w, i) : 0;
-      h[w][i] = 0;
-      if (kLocal || !active) continue;
-      if (op.carry)
-        h[w][i] = op.carry[op.in_tile(tile, i, channel + w)];
-      else if (span.piece.from >= 0 && i < states)
-        h[w][i] = op.state_at(span.piece.from, channel + w)[i];
+  for (int w = 0; w < 2; ++w) {
+    bias[w] = D[w] = sum[w] = 0;
+#pragma unroll
+    for (int i = 0; i < kStates; ++i) rate[w][i] = h[w][i] = 0;
+    if (w >= here) continue;
+    bias[w] = op.dt_bias[channel + w];
+    op.rates(channel + w, rate[w]);
+    if (kLocal) continue;
+    D[w] = op.D[channel + w];
+    if (op.carry) {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) h[w][i] = op.carry[op.in_tile(tile, i, channel + w)];
+    } else if (span.piece.from >= 0) {
+      const float* const from = op.state_at(span.piece.from, channel + w);
+#pragma unroll
+      for (int i = 0; i < kStates; ++i)
+        if (i < op.states()) h[w][i] = from[i];
     }
   }
+  on_the_way.keep(matrices[0]);
+  on_the_way.load();
 
-  // Where the next step stands, and how far the one after it: addresses are only ever added to.
-  const int64_t first_row = op.row(span.piece, span.begin), direction = op.reverse ? -1 : 1;
-  const T* x_at = op.x + first_row * op.x_stride + channel;
-  const T* dt_at = op.dt + first_row * op.dt_stride + channel;
-  const T* z_at = op.z + first_row * op.z_stride + channel;
-  T* y_at = op.y + first_row * op.y_stride + channel;
-  float* partial_at = kMany ? op.partial_y + first_row * op.e + channel : nullptr;
-  const int64_t x_step = direction * op.x_stride, dt_step = direction * op.dt_stride;
-  const int64_t z_step = direction * op.z_stride, y_step = direction * op.y_stride;
-  for (int64_t staged = span.begin; staged < span.end; staged += kStage) {
-    __syncthreads();
-    stage(op, op.B, op.B_stride, span, staged, B);
-    if (!kLocal) stage(op, op.C, op.C_stride, span, staged, C);
-    __syncthreads();
-    if (!active) continue;
-    for (int q = 0; q < kStage; q += kScanSteps) {
-      const int left =
-          static_cast<int>(min(span.end - staged - q, static_cast<int64_t>(kScanSteps)));
-      if (left <= 0) break;
-      if (!kLocal && op.checkpoints) {
-        const int64_t index = op.first_checkpoint[span.p] + (staged + q) / kScanSteps;
-        float* to = op.checkpoints + (index * op.n + op.group * kStates) * op.e + channel;
+  // Where the next step is written: addresses are only ever added to.
+  T* y_at = op.y + row * op.y_stride + channel;
+  const int64_t y_step = direction * op.y_stride;
+  float* partial_at = op.partial_y + row * op.e + channel;
+  float* checkpoint_at = nullptr;
+  if (!kLocal && op.checkpoints)
+    checkpoint_at =
+        op.checkpoints + channel +
+        ((op.first_checkpoint[span.p] + span.begin / kScanSteps) * op.n + op.group * kStates) *
+            op.e;
+
+  // One step of the two channels, from shared memory.
+  const auto step = [&](const typename Arrays::Slot& slot, const Matrices& matrix, int s) {
+    const int own = 2 * threadIdx.x;
+    const float2 dt = pair(&slot[1][s][own]), x = pair(&slot[0][s][own]);
+    const float* const b = matrix.B[s];
+    const float* const c = matrix.C[s];
+    float y[2];
 #pragma unroll
-        for (int i = 0; i < kStates; ++i, to += op.e)
+    for (int w = 0; w < 2; ++w) {
+      const float delta = softplus_of((w ? dt.y : dt.x) + bias[w]), u = delta * (w ? x.y : x.x);
+      sum[w] += delta;
+      float even = 0, odd = 0;
 #pragma unroll
-          for (int w = 0; w < kWidth; ++w)
-            if (i < states) to[w] = h[w][i];
+      for (int i = 0; i < kStates; ++i) {
+        h[w][i] = fmaf(power_of_two(delta * rate[w][i]), h[w][i], u * b[i]);
+        if (!kLocal) (i % 2 ? odd : even) = fmaf(h[w][i], c[i], i % 2 ? odd : even);
       }
-      // Past the end the last step is read again, and its delta set to 0: nothing changes.
-      float x[kScanSteps][kWidth], dt[kScanSteps][kWidth], z[kScanSteps][kWidth];
-#pragma unroll
-      for (int s = 0; s < kScanSteps; ++s) {
-        load_channels(x_at, x[s]);
-        load_channels(dt_at, dt[s]);
-        if (gate) load_channels(z_at, z[s]);
-        if (s + 1 < left || s + 1 == kScanSteps) {
-          x_at += x_step;
-          dt_at += dt_step;
-          if (gate) z_at += z_step;
-        }
-      }
-#pragma unroll
-      for (int s = 0; s < kScanSteps; ++s) {
-        const float* const b = B[q + s];
-        const float* const c = C[q + s];
-        float y[kWidth];
-#pragma unroll
-        for (int w = 0; w < kWidth; ++w) {
-          const float delta = s < left ? softplus_of(dt[s][w] + bias[w]) : 0, u = delta * x[s][w];
-          sum[w] += delta;
-          float even = 0, odd = 0;
-#pragma unroll
-          for (int i = 0; i < kStates; ++i) {
-            h[w][i] = fmaf(power_of_two(delta * rate[w][i]), h[w][i], u * b[i]);
-            if (!kLocal) (i % 2 ? odd : even) = fmaf(h[w][i], c[i], i % 2 ? odd : even);
-          }
-          y[w] = even + odd;
-        }
-        if (kLocal || s >= left) continue;
-        if (kMany) {
-#pragma unroll
-          for (int w = 0; w < kWidth; ++w) {
-            if (op.group > 0) y[w] += partial_at[w];
-            if (!op.is_last_group()) partial_at[w] = y[w];
-          }
-          partial_at += direction * op.e;
-        }
-#pragma unroll
-        for (int w = 0; w < kWidth; ++w) {
-          y[w] = fmaf(D[w], x[s][w], y[w]);
-          if (gate) y[w] *= z[s][w] * sigmoid_of(z[s][w]);
-        }
-        if (!kMany || op.is_last_group()) store_channels(y, y_at);
-        y_at += y_step;
-      }
+      y[w] = even + odd;
     }
-  }
-  if (!active) return;
+    if constexpr (!kLocal) {
+      if (kRare && op.partial_y) {
 #pragma unroll
-  for (int w = 0; w < kWidth; ++w) {
+        for (int w = 0; w < 2; ++w) {
+          if (w >= here) continue;
+          if (op.group > 0) y[w] += partial_at[w];
+          if (!op.is_last_group()) partial_at[w] = y[w];
+        }
+        partial_at += direction * op.e;
+      }
+      y[0] = fmaf(D[0], x.x, y[0]);
+      y[1] = fmaf(D[1], x.y, y[1]);
+      if (!kRare || op.z) {
+        const float2 z = pair(&slot[2][s][own]);
+        y[0] *= z.x * sigmoid_of(z.x);
+        y[1] *= z.y * sigmoid_of(z.y);
+      }
+      if (!kRare || op.is_last_group()) {
+        if constexpr (kWords) {
+          if (here > 0) store_pair({y[0], y[1]}, y_at);
+        } else {
+          if (here > 0) y_at[0] = from_float<T>(y[0]);
+          if (here > 1) y_at[1] = from_float<T>(y[1]);
+        }
+      }
+      y_at += y_step;
+    }
+  };
+  int slot = 0;
+  for (int begin = 0, k = 0; begin < steps; begin += kScanSteps, ++k) {
+    wait_for_slot();
+    __syncthreads();  // the slot has come for all; what steps before the last ones used is free
+    on_the_way.keep(matrices[(k + 1) % 2]);
+    on_the_way.load();
+    ring.fetch(slot == 0 ? kSlots - 1 : slot - 1);
+    if (!kLocal && op.checkpoints) {
+#pragma unroll
+      for (int i = 0; i < kStates; ++i) {
+        float* const to = checkpoint_at + static_cast<int64_t>(i) * static_cast<int>(op.e);
+        if (i >= op.states()) continue;
+        if (kWords && here > 0) {
+          store_pair({h[0][i], h[1][i]}, to);
+        } else {
+          if (here > 0) to[0] = h[0][i];
+          if (here > 1) to[1] = h[1][i];
+        }
+      }
+      checkpoint_at += op.n * op.e;
+    }
+    if (steps - begin >= kScanSteps) {
+#pragma unroll kUnrolled
+      for (int s = 0; s < kScanSteps; ++s) step(ring.slots[slot], matrices[k % 2], s);
+    } else {
+#pragma unroll 1
+      for (int s = 0; s < steps - begin; ++s) step(ring.slots[slot], matrices[k % 2], s);
+    }
+    slot = slot + 1 == kSlots ? 0 : slot + 1;
+  }
+#pragma unroll
+  for (int w = 0; w < 2; ++w) {
+    if (w >= here) continue;
     if (kLocal) {
 #pragma unroll
       for (int i = 0; i < kStates; ++i) op.carry[op.in_tile(tile, i, channel + w)] = h[w][i];
@@ -155,7 +173,7 @@ __global__ void __launch_bounds__(kThreads, 3) scan_kernel(const Scan<T> op) {
         float* const to = op.state_at(span.piece.to, channel + w);
 #pragma unroll
         for (int i = 0; i < kStates; ++i)
-          if (i < states) to[i] = h[w][i];
+          if (i < op.states()) to[i] = h[w][i];
       }
       if (op.sum_dt && op.group == 0) op.sum_dt[span.p * op.sum_dt_stride + channel + w] = sum[w];
     }
@@ -195,23 +213,46 @@ __global__ void __launch_bounds__(kThreads) carry_kernel(const Scan<T> op) {
   if (op.sum_dt && i == 0 && op.group == 0) op.sum_dt[p * op.sum_dt_stride + channel] = total;
 }
 
-template <class T, int kWidth>
-void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
+template <class T, bool kWords, bool kLocal, bool kRare>
+void launch(const Scan<T>& scan, int64_t tiles, cudaStream_t stream) {
+  constexpr int kBytes = Ring < T, kLocal ? 2 : 3, 2 * kThreads, kWords, false > ::kBytes;
+  allow_shared(scan_kernel<T, kWords, kLocal, kRare>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles),
-                  static_cast<unsigned>(div_up(scan.e, kThreads * kWidth)));
+                  static_cast<unsigned>(div_up(scan.e, 2 * kThreads)));
+  scan_kernel<T, kWords, kLocal, kRare><<<grid, kThreads, kBytes, stream>>>(scan);
+  check_launch("selective_scan");
+}
+
+template <class T, bool kWords>
+void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
   for (; scan.group * kStates < scan.n; ++scan.group) {
     if (scan.carry) {
-      scan_kernel<T, kWidth, true, false><<<grid, kThreads, 0, stream>>>(scan);
+      launch<T, kWords, true, false>(scan, tiles, stream);
       const int64_t threads = scan.pieces_count * scan.e * kStates;
       carry_kernel<T>
           <<<static_cast<unsigned>(div_up(threads, kThreads)), kThreads, 0, stream>>>(scan);
+      check_launch("selective_scan");
     }
-    if (scan.partial_y)
-      scan_kernel<T, kWidth, false, true><<<grid, kThreads, 0, stream>>>(scan);
+    if (scan.partial_y || !scan.z)
+      launch<T, kWords, false, true>(scan, tiles, stream);
     else
-      scan_kernel<T, kWidth, false, false><<<grid, kThreads, 0, stream>>>(scan);
+      launch<T, kWords, false, false>(scan, tiles, stream);
   }
-  check_launch("selective_scan");
+}
+
+// Whether a batch goes through in one pass (scan_wave.cuh): where its sequences, all at once, keep
+// the card busier than cutting each in chunks would. A wave around one block of warps takes about
+// 90 cycles a step however little else runs, two passes about 310 issue slots a channel's step.
+bool in_wave(const SelectiveScan& op, int processors) {
+  const int64_t e = op.x.cols();
+  if (op.A_log.cols() != kStates || !op.z || op.sum_dt || e % 32 != 0) return false;
+  for (const View& view : {op.B, op.C})
+    if (reinterpret_cast<uintptr_t>(view.data) % (4 * size_of(view.dtype)) != 0 ||
+        view.stride[0] % 4 != 0)
+      return false;
+  int64_t longest = 1;
+  for (const Piece& piece : op.rows->pieces()) longest = std::max(longest, piece.length);
+  return longest > 1 && op.rows->total() * e >= 40 * int64_t{processors} * longest;
 }
 
 }  // namespace
@@ -228,10 +269,29 @@ void CudaBackend::run(const SelectiveScan& op) {
     check_scan_state("selective_scan", "state", *this, op.state, *op.rows, e, n);
   if (t == 0 || e == 0 || n == 0) return;
 
-  const bool pairs =
-      e % 2 == 0 && in_pairs(op.x) && in_pairs(op.dt) && in_pairs(op.z) && in_pairs(op.y);
-  const int64_t width = pairs ? 2 : 1;
-  const int64_t length = tile_length(*op.rows, div_up(e, kThreads * width), processors_);
+  const bool words = in_words(op.x) && in_words(op.dt) && in_words(op.z) && in_words(op.y);
+  const auto operands = [&]<class T>(T) {
+    Scan<T> scan{};
+    fill_operands(op, scan);
+    scan.y = op.y.as<T>();
+    scan.y_stride = op.y.stride[0];
+    scan.state = op.state.as<float>();
+    scan.slot_stride = op.state.stride[0];
+    scan.state_stride = op.state.stride[1];
+    scan.sum_dt = op.sum_dt.as<float>();
+    scan.sum_dt_stride = op.sum_dt.stride[0];
+    return scan;
+  };
+  if (words && in_wave(op, processors_)) {
+    cuda::with_type("selective_scan", op.x, [&](auto type) {
+      const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(e / 32));
+      wave_kernel<decltype(type)><<<grid, kWaveWarps * 32, 0, stream_>>>(operands(type));
+      check_launch("selective_scan");
+    });
+    return;
+  }
+  const int64_t length =
+      tile_length(*op.rows, div_up(e, 2 * kThreads), int64_t{kWalkBlocks} * processors_);
   const Rows::Tiles& tiles = op.rows->tiles(length);
   Tensor carry, sums, partial;
   if (tiles.count > pieces) {
@@ -240,25 +300,16 @@ void CudaBackend::run(const SelectiveScan& op) {
   }
   if (n > kStates) partial = Tensor(*this, DType::f32, {t, e});
   cuda::with_type("selective_scan", op.x, [&](auto type) {
-    using T = decltype(type);
-    Scan<T> scan{};
-    fill_operands(op, scan);
+    auto scan = operands(type);
     scan.first = tiles.first.as<int32_t>();
     scan.tile_length = length;
-    scan.y = op.y.as<T>();
-    scan.y_stride = op.y.stride[0];
-    scan.state = op.state.as<float>();
-    scan.slot_stride = op.state.stride[0];
-    scan.state_stride = op.state.stride[1];
     scan.carry = carry.as<float>();
     scan.sums = sums.as<float>();
-    scan.sum_dt = op.sum_dt.as<float>();
-    scan.sum_dt_stride = op.sum_dt.stride[0];
     scan.partial_y = partial.as<float>();
-    if (pairs)
-      run_groups<T, 2>(scan, tiles.count, stream_);
+    if (words)
+      run_groups<decltype(type), true>(scan, tiles.count, stream_);
     else
-      run_groups<T, 1>(scan, tiles.count, stream_);
+      run_groups<decltype(type), false>(scan, tiles.count, stream_);
   });
 }
 

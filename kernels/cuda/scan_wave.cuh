@@ -1,0 +1,195 @@
+// The selective scan's forward in one pass, for batches whose sequences fill the card together.
+// A block takes 32 channels (a lane each) of one piece, its warps tiles of kScanSteps steps in
+// turn. Decays and inputs need no state, so a warp computes those of four states for all its steps
+// ahead, waits for the four states that the warp before ends in, walks, hands on, and only then
+// makes y. One wave of states runs around the block's warps for each four of them; named barriers,
+// one for each warp and four states, keep neighbours in step. No second pass, no other
+// synchronisation.
+//
+// Limit: issue slots, 136 instructions and 19 powers and divisions a channel's step, 193 slots.
+#pragma once
+
+#include "kernels/cuda/scan.cuh"
+
+namespace coil::cuda {
+
+constexpr int kWaveWarps = 4, kWaveFew = 4, kWaveFours = kStates / kWaveFew;
+
+template <class T>
+struct WaveWarp {               // a warp's shared memory
+  T act[2][3][kScanSteps][32];  // x, dt, z: of this tile and of the next
+  Matrices matrices;
+};
+template <class T>
+struct WaveBlock {
+  WaveWarp<T> warp[kWaveWarps];
+  float4 mail[kWaveWarps][kWaveFours][32];  // states that warps end in
+};
+
+// Waits for, and announces, the states of one warp: 32 lanes wait, 32 arrive.
+__device__ inline void wait_for_mail(int barrier) {
+#ifdef __CUDA_ARCH__
+  asm volatile("barrier.cta.sync.aligned %0, 64;" ::"r"(barrier) : "memory");
+#endif
+}
+__device__ inline void announce_mail(int barrier) {
+#ifdef __CUDA_ARCH__
+  asm volatile("barrier.cta.arrive.aligned %0, 64;" ::"r"(barrier) : "memory");
+#endif
+}
+
+// Requires a gate, kStates states, e a multiple of 32, whole words in x, dt, z, and B and C that
+// can be read four states at a time.
+template <class T>
+__global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> op) {
+  __shared__ WaveBlock<T> shared;
+  using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint2>;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int before = (warp + kWaveWarps - 1) % kWaveWarps;
+  WaveWarp<T>& own = shared.warp[warp];
+  const Piece piece = op.pieces[blockIdx.x];
+  const int64_t block_channel = blockIdx.y * int64_t{32}, channel = block_channel + lane;
+  const int direction = op.reverse ? -1 : 1;
+  const int64_t first_row = op.row(piece, 0);
+  const int tiles = static_cast<int>((piece.length + kScanSteps - 1) / kScanSteps);
+
+  // What this lane copies: words of a row of x, dt and z; four states of B and C.
+  constexpr int kWord = 16 / sizeof(T), kWords = 32 / kWord;  // in a row
+  const int word_row = lane / kWords, word = lane % kWords * kWord;
+  constexpr int kRows = 32 / kWords;  // at once
+  const int steps = static_cast<int>(piece.length);
+  const auto first = [&](const T* data, int64_t stride, int64_t row, int64_t column) {
+    return data + (first_row + direction * (int64_t{kScanSteps} * warp + row)) * stride + column;
+  };
+  const T* from[3] = {first(op.x, op.x_stride, word_row, block_channel + word),
+                      first(op.dt, op.dt_stride, word_row, block_channel + word),
+                      first(op.z, op.z_stride, word_row, block_channel + word)};
+  const int hop[3] = {direction * static_cast<int>(op.x_stride),
+                      direction * static_cast<int>(op.dt_stride),
+                      direction * static_cast<int>(op.z_stride)};
+  const auto fetch = [&](int tile, int buffer) {
+#pragma unroll
+    for (int r = 0; r < kScanSteps; r += kRows)
+#pragma unroll
+      for (int a = 0; a < 3; ++a)
+        copy_later(&own.act[buffer][a][r + word_row][word],
+                   from[a] + static_cast<int64_t>(r) * hop[a],
+                   tile * kScanSteps + r + word_row < steps);
+#pragma unroll
+    for (int a = 0; a < 3; ++a) from[a] += static_cast<int64_t>(kWaveWarps * kScanSteps) * hop[a];
+    end_of_slot();
+  };
+  const int four_row = lane / kWaveFours, four = lane % kWaveFours * kWaveFew;
+  Four B{}, C{};
+  const T* from_B = first(op.B, op.B_stride, four_row, four);
+  const T* from_C = first(op.C, op.C_stride, four_row, four);
+  const auto fetch_matrices = [&](int tile) {
+    if (tile * kScanSteps + four_row < steps) {  // else times 0
+      B = *reinterpret_cast<const Four*>(from_B);
+      C = *reinterpret_cast<const Four*>(from_C);
+    }
+    from_B += direction * int64_t{kWaveWarps * kScanSteps} * op.B_stride;
+    from_C += direction * int64_t{kWaveWarps * kScanSteps} * op.C_stride;
+  };
+  const auto widened = [](const Four& from) -> float4 {
+    if constexpr (std::is_same_v<T, float>)
+      return from;
+    else
+      return {__uint_as_float(from.x << 16), __uint_as_float(from.x & 0xffff0000u),
+              __uint_as_float(from.y << 16), __uint_as_float(from.y & 0xffff0000u)};
+  };
+  if (warp < tiles) {
+    fetch(warp, 0);
+    fetch_matrices(warp);
+  }
+  // Where this warp's next tile is written, and how far the next step is.
+  const int64_t own_row = first_row + direction * int64_t{kScanSteps} * warp;
+  T* y_at = op.y + own_row * op.y_stride + channel;
+  const int y_hop = direction * static_cast<int>(op.y_stride), e = static_cast<int>(op.e);
+  float* checkpoint = nullptr;
+  if (op.checkpoints)
+    checkpoint =
+        op.checkpoints + (op.first_checkpoint[blockIdx.x] + warp) * kStates * op.e + channel;
+  float rate[kStates];
+  op.rates(channel, rate);
+  const float bias = op.dt_bias[channel], D = op.D[channel];
+
+  int buffer = 0;
+  for (int tile = warp; tile < tiles; tile += kWaveWarps, buffer ^= 1) {
+    wait_for_all();
+    *reinterpret_cast<float4*>(&own.matrices.B[four_row][four]) = widened(B);
+    *reinterpret_cast<float4*>(&own.matrices.C[four_row][four]) = widened(C);
+    __syncwarp();  // both have come for all lanes
+    if (tile + kWaveWarps < tiles) {
+      fetch(tile + kWaveWarps, buffer ^ 1);
+      fetch_matrices(tile + kWaveWarps);
+    }
+    const int left = steps - tile * kScanSteps;  // kScanSteps or more, except at the end
+    float delta[kScanSteps], u[kScanSteps], y[kScanSteps];
+#pragma unroll
+    for (int s = 0; s < kScanSteps; ++s) {
+      delta[s] = softplus_of(to_float(own.act[buffer][1][s][lane]) + bias);
+      if (s >= left) delta[s] = 0;  // a decay of 1 and nothing to add
+      u[s] = delta[s] * to_float(own.act[buffer][0][s][lane]);
+      y[s] = 0;
+    }
+#pragma unroll
+    for (int f = 0; f < kWaveFours; ++f) {
+      float a[kScanSteps][kWaveFew], h[kScanSteps][kWaveFew];
+#pragma unroll
+      for (int s = 0; s < kScanSteps; ++s)
+#pragma unroll
+        for (int i = 0; i < kWaveFew; ++i) {
+          a[s][i] = power_of_two(delta[s] * rate[f * kWaveFew + i]);
+          h[s][i] = u[s] * own.matrices.B[s][f * kWaveFew + i];
+        }
+      float4 state = {0, 0, 0, 0};
+      if (tile > 0) {
+        wait_for_mail(before * kWaveFours + f);
+        state = shared.mail[before][f][lane];
+      } else if (piece.from >= 0) {
+        const float* const from = op.state_at(piece.from, channel) + f * kWaveFew;
+        state = {from[0], from[1], from[2], from[3]};
+      }
+      if (op.checkpoints) {
+        float* const to = checkpoint + static_cast<int64_t>(f * kWaveFew) * e;
+        to[0] = state.x, to[e] = state.y, to[int64_t{2} * e] = state.z,
+        to[int64_t{3} * e] = state.w;
+      }
+      const float start[kWaveFew] = {state.x, state.y, state.z, state.w};
+#pragma unroll
+      for (int s = 0; s < kScanSteps; ++s)
+#pragma unroll
+        for (int i = 0; i < kWaveFew; ++i)
+          h[s][i] = fmaf(a[s][i], s > 0 ? h[s - 1][i] : start[i], h[s][i]);
+      const float* const last = h[kScanSteps - 1];
+      if (tile + 1 < tiles) {
+        shared.mail[warp][f][lane] = {last[0], last[1], last[2], last[3]};
+        announce_mail(warp * kWaveFours + f);
+      } else if (piece.to >= 0) {
+        float* const to = op.state_at(piece.to, channel) + f * kWaveFew;
+#pragma unroll
+        for (int i = 0; i < kWaveFew; ++i) to[i] = last[i];
+      }
+#pragma unroll
+      for (int s = 0; s < kScanSteps; ++s)
+#pragma unroll
+        for (int i = 0; i < kWaveFew; ++i)
+          y[s] = fmaf(h[s][i], own.matrices.C[s][f * kWaveFew + i], y[s]);
+    }
+#pragma unroll
+    for (int s = 0; s < kScanSteps; ++s) {
+      const float x = to_float(own.act[buffer][0][s][lane]);
+      const float z = to_float(own.act[buffer][2][s][lane]);
+      y[s] = fmaf(D, x, y[s]) * (z * sigmoid_of(z));
+    }
+#pragma unroll
+    for (int s = 0; s < kScanSteps; ++s)
+      if (s < left) y_at[static_cast<int64_t>(s) * y_hop] = from_float<T>(y[s]);
+    y_at += static_cast<int64_t>(kWaveWarps * kScanSteps) * y_hop;
+    checkpoint += static_cast<int64_t>(kWaveWarps * kStates) * e;
+    __syncwarp();  // all lanes are done with the matrices
+  }
+}
+
+}  // namespace coil::cuda
