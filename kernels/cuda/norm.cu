@@ -196,21 +196,27 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const Backward<
     const auto back = [&] {
       return sum_of_lanes(dot, op.lanes) * rstd * rstd * rstd / static_cast<float>(op.d);
     };
-    const auto write = [&](int64_t i, float part, const Values<kWidth>& r, Values<kWidth>& g) {
-      for (int k = 0; k < kWidth; ++k) g.at[k] = fmaf(-r.at[k], part, g.at[k] * rstd);
-      if (op.dresidual) {
-        Values<kWidth> more;
-        more.load(op.dresidual + row * op.dresidual_stride + i);
-        for (int k = 0; k < kWidth; ++k) g.at[k] += more.at[k];
-      }
+    const auto above = [&](int64_t i, Values<kWidth>& up) {
+      if (op.dresidual)
+        up.load(op.dresidual + row * op.dresidual_stride + i);
+      else
+        up = {};
+    };
+    const auto write = [&](int64_t i, float part, const Values<kWidth>& r, Values<kWidth>& g,
+                           const Values<kWidth>& up) {
+      for (int k = 0; k < kWidth; ++k)
+        g.at[k] = fmaf(-r.at[k], part, fmaf(g.at[k], rstd, up.at[k]));
       g.store(op.dx + row * op.dx_stride + i);
       if (op.dx_act) g.store(op.dx_act + row * op.dx_act_stride + i);
     };
     if constexpr (kHeld > 0) {
-      Values<kWidth> r[kHeld], g[kHeld];
+      Values<kWidth> r[kHeld], g[kHeld], up[kHeld];
 #pragma unroll
       for (int h = 0; h < kHeld; ++h)
-        if (valid && first + h * step < op.d) read(first + h * step, r[h], g[h]);
+        if (valid && first + h * step < op.d) {
+          read(first + h * step, r[h], g[h]);
+          above(first + h * step, up[h]);  // asked for with the others, long before its use
+        }
 #pragma unroll
       for (int h = 0; h < kHeld; ++h)
         if (valid && first + h * step < op.d) {
@@ -222,9 +228,9 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const Backward<
       const float part = back();
 #pragma unroll
       for (int h = 0; h < kHeld; ++h)
-        if (valid && first + h * step < op.d) write(first + h * step, part, r[h], g[h]);
+        if (valid && first + h * step < op.d) write(first + h * step, part, r[h], g[h], up[h]);
     } else {
-      Values<kWidth> r, g;
+      Values<kWidth> r, g, up;
       for (int64_t i = first; valid && i < op.d; i += step) {
         read(i, r, g);
         weigh(i, g);
@@ -233,8 +239,9 @@ __global__ void __launch_bounds__(kThreads) norm_backward_kernel(const Backward<
       const float part = back();
       for (int64_t i = first; valid && i < op.d; i += step) {
         read(i, r, g);
+        above(i, up);
         weigh(i, g);
-        write(i, part, r, g);
+        write(i, part, r, g, up);
       }
     }
   }
