@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/sum_rows.cuh"
 
 namespace coil {
 namespace {
@@ -89,26 +89,6 @@ __global__ void small_table_kernel(const int32_t* ids, const float* dy, int64_t 
   }
   for (int64_t id = 0; id < v; ++id)
     partial[(blockIdx.x * v + id) * d + column] = sums[id * columns];
-}
-
-// dtable(v,d) += the partials (shares, v, d): 32 elements a block, kThreads / 32 threads each.
-__global__ void __launch_bounds__(kThreads)
-    add_tables_kernel(const float* partial, int64_t shares, int64_t v, int64_t d, float* dtable,
-                      int64_t dtable_stride) {
-  constexpr int kSlices = kThreads / 32;
-  __shared__ float sums[kSlices][32];
-  const int64_t i = blockIdx.x * int64_t{32} + threadIdx.x % 32;
-  const int slice = threadIdx.x / 32;
-  float sum = 0;
-  if (i < v * d) {
-#pragma unroll 4
-    for (int64_t k = slice; k < shares; k += kSlices) sum += partial[k * v * d + i];
-  }
-  sums[slice][threadIdx.x % 32] = sum;
-  __syncthreads();
-  if (slice != 0 || i >= v * d) return;
-  for (int k = 1; k < kSlices; ++k) sum += sums[k][threadIdx.x];
-  dtable[i / d * dtable_stride + i % d] += sum;
 }
 
 // A warp for each id and kSlice columns. The columns go round the lanes, kWidth at a time.
@@ -226,9 +206,7 @@ void CudaBackend::run(const EmbedBackward& op) {
                          stream_>>>(ids, op.dy.as<float>(), op.dy.stride[0], t, v, d, share,
                                     partial.as<float>());
     cuda::check_launch(name);
-    add_tables_kernel<<<static_cast<unsigned>(div_up(v * d, 32)), kThreads, 0, stream_>>>(
-        partial.as<float>(), shares, v, d, op.dtable.as<float>(), op.dtable.stride[0]);
-    cuda::check_launch(name);
+    cuda::add_partials(name, partial.as<float>(), shares, op.dtable, stream_);
     return;
   }
   const int64_t slices = div_up(d, kSlice);
