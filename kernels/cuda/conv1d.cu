@@ -17,9 +17,9 @@ namespace {
 
 using namespace cuda;  // of this file only
 
-constexpr int kAhead = 8;   // rows of 16 bytes in flight
+constexpr int kAhead = 4;   // rows of 16 bytes in flight
 constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers a thread, enough for four taps
-constexpr int64_t kLongestTile = 128;  // overlaps by 2 %
+constexpr int64_t kLongestTile = 64;  // overlaps by 5 % of x
 
 template <class T>
 struct Forward : ConvOperands<T> {
@@ -57,35 +57,26 @@ __global__ void __launch_bounds__(kConvThreads, kTaps > 4 ? 1 : kBlocks)
     y += y_step;
     shift(kept);
   };
-  // The steps that are left over come first, so that kAhead at a time are left.
   int left = static_cast<int>(end - begin);
-  const int odd = left % kAhead;
-  left -= odd;
 #pragma unroll
   for (int a = 0; a < kAhead; ++a, x += x_step)
-    if (a < (odd > 0 ? odd : left)) in[a].load_constant(x);
+    if (a < left) in[a].load_constant(x);
   load_taps(op, channel, taps, bias);
   load_kept(op, piece, begin, channel, kept);
-  if (odd > 0) {
+  for (; left >= kAhead; left -= kAhead) {
+    // Past the end the last row again: no branch between loads.
 #pragma unroll
-    for (int a = 0; a + 1 < kAhead; ++a)
-      if (a < odd) take(in[a]), give();
-    x += (odd - kAhead) * x_step;
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a, x += x_step)
-      if (left > 0) in[a].load_constant(x);
-  }
-  for (; left > 0; left -= kAhead) {
-    // At the end the last row again and again: no branch between loads.
-    const int64_t step = left > kAhead ? x_step : 0;
-    if (left == kAhead) x -= x_step;
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a, x += step) {
+    for (int a = 0; a < kAhead; ++a) {
       take(in[a]);
+      if (a + kAhead == left) x -= x_step;
       in[a].load_constant(x);
+      if (a + kAhead < left) x += x_step;
       give();
     }
   }
+#pragma unroll
+  for (int a = 0; a + 1 < kAhead; ++a)
+    if (a < left) take(in[a]), give();
   if (piece.to < 0 || begin > 0 || end < piece.length) return;
 #pragma unroll
   for (int k = 0; k < kTaps - 1; ++k) {
@@ -131,10 +122,14 @@ void CudaBackend::run(const Conv1d& op) {
     const bool wide =
         c % kWide == 0 && aligned(op.x, kWide) && aligned(op.y, kWide) && aligned(op.state, kWide);
     const int64_t groups = wide ? c / kWide : c;
+    // Whole rounds of the card, nearly: what is left for the last one takes as long as a full one.
+    // Of a batch that is less than a round, long tiles in half of the threads are faster than short
+    // ones in all.
     const int64_t share = div_up(t * groups, processors_ * kBlocks * kConvThreads);
+    const int64_t rounds = div_up(share, kLongestTile);
+    const int64_t steps = rounds > 1 ? div_up(share, rounds) : std::min(2 * share, kLongestTile);
     Forward<T> forward;
-    set_operands(forward, op,
-                 std::clamp(div_up(share, kAhead) * kAhead, kShortestTile, kLongestTile));
+    set_operands(forward, op, std::max(div_up(steps, kAhead) * kAhead, kShortestTile));
     forward.y = op.y.as<T>();
     forward.y_stride = op.y.stride[0];
     check(forward.tiles * groups < int64_t{1} << 31, "conv1d: x is {}, expected less",

@@ -104,12 +104,9 @@ __device__ void walk_tile(const Backward<T>& op, int tile, int64_t channel,
     shift(walk.kept);
     shift(walk.open);
   };
-  // The first w - 1 steps finish no row of this tile; those that are left over come next, so that
-  // kAhead at a time are left.
+  // The first w - 1 steps finish no row of this tile.
   const int early = static_cast<int>(min(reach - begin, int64_t{kKept}));
   int left = static_cast<int>(reach - begin) - early;
-  const int odd = left % kAhead;
-  left -= odd;
   Words<T, kWidth> early_x[kTaps], early_dy[kTaps];
 #pragma unroll
   for (int a = 0; a < kKept; ++a)
@@ -117,6 +114,9 @@ __device__ void walk_tile(const Backward<T>& op, int tile, int64_t channel,
       early_x[a].load_constant(x), early_dy[a].load_constant(dy);
       x += x_step, dy += dy_step;
     }
+#pragma unroll
+  for (int a = 0; a < kAhead; ++a, x += x_step, dy += dy_step)
+    if (a < left) ask(a);
   load_kept(op, piece, begin, channel, walk.kept);
 #pragma unroll
   for (int k = 0; k < kTaps; ++k)
@@ -130,29 +130,27 @@ __device__ void walk_tile(const Backward<T>& op, int tile, int64_t channel,
       shift(walk.kept);
       shift(walk.open);
     }
-  for (int s = 0; s < odd; ++s, x += x_step, dy += dy_step) {
-    ask(0);
-    walk.take(in[0], gradient[0]);
-    walk.step(gate, true);
-    give();
-  }
-  if (left > 0)
+  for (; left >= kAhead; left -= kAhead) {
+    // Past the end the last row again: no branch between loads.
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a, x += x_step, dy += dy_step) ask(a);
-  for (; left > 0; left -= kAhead) {
-    // At the end the last row again and again: no branch between loads.
-    const int64_t x_more = left > kAhead ? x_step : 0, dy_more = left > kAhead ? dy_step : 0;
-    if (left == kAhead) x -= x_step, dy -= dy_step;
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a, x += x_more, dy += dy_more) {
+    for (int a = 0; a < kAhead; ++a) {
       walk.take(in[a], gradient[a]);
+      if (a + kAhead == left) x -= x_step, dy -= dy_step;
       ask(a);
+      if (a + kAhead < left) x += x_step, dy += dy_step;
       walk.step(gate, true);
       give();
     }
   }
+#pragma unroll
+  for (int a = 0; a + 1 < kAhead; ++a)
+    if (a < left) {
+      walk.take(in[a], gradient[a]);
+      walk.step(gate, true);
+      give();
+    }
 
-  // Only at the end of the piece are there rows left: those that its final state holds.
+    // Only at the end of the piece are there rows left: those that its final state holds.
 #pragma unroll
   for (int k = 0; k < kKept; ++k) {
     const int64_t step = reach - kKept + k;
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(kConvThreads, kTaps > 4 ? 1 : kBlocks)
 
 // dweight(c,w) and dbias(c) += the partials (count, w + 1, c). A block takes kColumns columns of
 // the partials, kSlices threads each; the order of the sum depends on `count` only.
-constexpr int kColumns = 32, kSlices = 8;
+constexpr int kColumns = 32, kSlices = 32;
 __global__ void add_partials_kernel(const float* partial, int64_t count, int64_t c, int w,
                                     float* dweight, int64_t dweight_stride, float* dbias) {
   __shared__ float sums[kSlices][kColumns];
@@ -210,7 +208,7 @@ __global__ void add_partials_kernel(const float* partial, int64_t count, int64_t
   const int64_t columns = (w + 1) * c;
   float sum = 0;
   if (column < columns) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t i = threadIdx.y; i < count; i += kSlices) sum += partial[i * columns + column];
   }
   sums[threadIdx.y][threadIdx.x] = sum;

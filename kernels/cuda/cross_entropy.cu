@@ -7,11 +7,12 @@
 //
 // A row of up to 256 logits stays in the registers of a warp or of a part of one. A longer one is
 // read once by a block, which takes the largest logit and the sum of powers on the way and keeps
-// the row in shared memory: up to 227 KB of it, 57,856 logits of f32, on an H100.
+// the row in shared memory: up to 226 KB of it, 57,856 logits of f32, on an H100.
 //
 // Bytes: logits are read once and dlogits written once, 6 an element from f32 to bf16. An element
 // takes about 25 operations of the 50 that a multiprocessor issues in that time at 3.9 TB/s:
 // memory is the limit.
+#include <algorithm>
 #include <cmath>
 
 #include "kernels/cuda/words.cuh"
@@ -109,89 +110,129 @@ __global__ void __launch_bounds__(kThreads) short_rows_kernel(const Operands<T, 
   }
 }
 
-// The block's result in all its threads, in a fixed order: of each warp, then of the warps.
-template <class F>
-__device__ float over_block(float value, F&& f) {
-  __shared__ float values[32];
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  for (int step = 16; step > 0; step /= 2) value = f(value, __shfl_xor_sync(~0u, value, step));
-  __syncthreads();  // until the last result has been read
-  if (lane == 0) values[threadIdx.x / 32] = value;
+// The largest of some logits, and the sum of powers of the logits less that. NaN goes into the sum
+// alone, logits ruled out add nothing.
+struct Sum {
+  float most = -INFINITY, sum = 0;
+
+  // To another base; both may be minus infinity.
+  __device__ void rebase(float to) {
+    sum *= most < to ? __expf(most - to) : 1.f;
+    most = to;
+  }
+  __device__ void add(const Sum& other) {
+    Sum more = other;
+    more.rebase(fmaxf(most, other.most));
+    rebase(more.most);
+    sum += more.sum;
+  }
+};
+
+// The block's sum in all its threads, in a fixed order: of each warp, then of the warps, of which
+// there are a power of two.
+__device__ Sum over_block(Sum own) {
+  __shared__ float mosts[kMostThreads / 32], sums[kMostThreads / 32];
+  const auto over_lanes = [&](int lanes) {
+    for (int step = lanes / 2; step > 0; step /= 2)
+      own.add({__shfl_xor_sync(~0u, own.most, step), __shfl_xor_sync(~0u, own.sum, step)});
+  };
+  over_lanes(32);
+  __syncthreads();  // until the last sums have been read
+  if (threadIdx.x % 32 == 0) mosts[threadIdx.x / 32] = own.most, sums[threadIdx.x / 32] = own.sum;
   __syncthreads();
-  value = values[lane % warps];  // a power of two of them
-  for (int step = warps / 2; step > 0; step /= 2)
-    value = f(value, __shfl_xor_sync(~0u, value, step));
-  return value;
+  const int warps = blockDim.x / 32;
+  own = {mosts[threadIdx.x % warps], sums[threadIdx.x % warps]};
+  over_lanes(warps);
+  return own;
 }
 
-// A block a row. The first `held` logits stay in shared memory, those beyond are read again.
+// A block takes every so many rows. While it writes one row's gradient it reads the next row, so
+// that memory has always something to do: a thread replaces the words it has used, and the first
+// `held` logits wait in shared memory; those beyond are read again.
 template <class T, class G, int kWidth>
 __global__ void __launch_bounds__(kMostThreads)
     long_rows_kernel(const Operands<T, G> op, int64_t held) {
   extern __shared__ uint4 memory[];
-  T* const row_held = reinterpret_cast<T*>(memory);
-  const int64_t row = blockIdx.x, first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
-  const int32_t target = op.targets[row];
-  const T* const logits = op.logits + row * op.logits_stride;
-  // Read before dlogits, which may be logits, is written: the sums wait for all threads.
-  const float own = target >= 0 && target < op.v ? to_float(logits[target]) : 0.f;
-  // The sum of powers is of logits less the largest one so far. NaN goes into it alone.
-  float most = -INFINITY, sum = 0;
-  for (int64_t begin = first; begin < op.v; begin += kAhead * step) {
-    Words<T, kWidth> words[kAhead];
+  T* const waiting = reinterpret_cast<T*>(memory);
+  const int64_t first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
+  RowFactors factors;
+  for (int64_t row = blockIdx.x, last = -1;; last = row, row += gridDim.x) {
+    // The gradient of row `last`, if there is one, and the sum of row `row`, if there is one.
+    const bool writes = last >= 0 && op.dlogits, reads = row < op.m;
+    if (!writes && !reads) return;
+    const T* const logits = op.logits + row * op.logits_stride;
+    const T* const again = op.logits + last * op.logits_stride;
+    G* const dlogits = op.dlogits + last * op.dlogits_stride;
+    const int32_t target = reads ? op.targets[row] : -1;
+    const float own = target >= 0 && target < op.v ? to_float(logits[target]) : 0.f;
+    Sum sum;
+    for (int64_t begin = first; begin < op.v; begin += kAhead * step) {
+      Words<T, kWidth> words[kAhead];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if (begin + a * step < op.v) words[a].load(logits + begin + a * step);
-    float largest = most;
+      for (int a = 0; a < kAhead; ++a)
+        if (reads && begin + a * step < op.v) words[a].load(logits + begin + a * step);
+      if (writes) {
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      if (begin + a * step >= op.v) continue;
-      if (begin + a * step < held) words[a].store(row_held + begin + a * step);
+        for (int a = 0; a < kAhead; ++a) {
+          const int64_t i = begin + a * step;
+          if (i >= op.v) continue;
+          Words<T, kWidth> word;
+          word.load(i < held ? waiting + i : again + i);
+          Words<G, kWidth> out;
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) largest = fmaxf(largest, words[a].at(k));
+          for (int k = 0; k < kWidth; ++k)
+            out.set(k, gradient_of(factors, i + k, __expf(word.at(k) - factors.most)));
+          out.store(dlogits + i);
+        }
+      }
+      if (!reads) continue;
+      float most = sum.most;
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+        const int64_t i = begin + a * step;
+        if (i >= op.v) continue;
+        if (i < held) words[a].store(waiting + i);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) most = fmaxf(most, words[a].at(k));
+      }
+      sum.rebase(most);
+      const float base = most == -INFINITY ? 0 : most;
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a)
+        if (begin + a * step < op.v)
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) sum.sum += __expf(words[a].at(k) - base);
     }
-    if (largest > most) sum *= __expf(most - largest), most = largest;
-    const float base = most == -INFINITY ? 0 : most;  // powers of logits ruled out are 0
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if (begin + a * step < op.v)
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) sum += __expf(words[a].at(k) - base);
-  }
-  const float part = most;
-  most = over_block(most, [](float a, float b) { return fmaxf(a, b); });
-  if (part < most) sum *= __expf(part - most);
-  sum = over_block(sum, [](float a, float b) { return a + b; });
-  const RowFactors factors = finish_row(op, row, target, most, sum, own, threadIdx.x == 0);
-  if (!op.dlogits) return;
-  G* const dlogits = op.dlogits + row * op.dlogits_stride;
-#pragma unroll 2
-  for (int64_t i = first; i < op.v; i += step) {
-    Words<T, kWidth> word;
-    word.load(i < held ? row_held + i : logits + i);
-    Words<G, kWidth> out;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k)
-      out.set(k, gradient_of(factors, i + k, __expf(word.at(k) - factors.most)));
-    out.store(dlogits + i);
+    if (!reads) return;
+    sum = over_block(sum);
+    factors = finish_row(op, row, target, sum.most, sum.sum, own, threadIdx.x == 0);
   }
 }
 
-// Threads of a row's block: several blocks share a multiprocessor unless a row takes all of its
-// shared memory.
+// As many blocks as the card holds at once, whose shared memory holds a row or as much of it as
+// there is.
 template <class T, class G, int kWidth>
-void run_long_rows(const Operands<T, G>& op, int device, cudaStream_t stream) {
+void run_long_rows(const Operands<T, G>& op, const CudaBackend& backend) {
+  const char* const name = "cross_entropy";
   int most = 0;  // bytes of shared memory that a block may ask for
-  check_call(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "cross_entropy");
-  const int64_t words = (most - kReserved) / 16 * 16 / static_cast<int64_t>(sizeof(T));
-  const int64_t held = op.v <= words ? op.v : words, bytes = held * sizeof(T);
+  check_call(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                    backend.device().index),
+             name);
+  const int64_t room = (most - kReserved) / 16 * 16 / static_cast<int64_t>(sizeof(T));
+  const int64_t held = std::min(op.v, room), bytes = held * sizeof(T);
   check_call(
       cudaFuncSetAttribute(long_rows_kernel<T, G, kWidth>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-      "cross_entropy");
-  const int threads = bytes <= 32 << 10 ? 256 : bytes <= 96 << 10 ? 512 : kMostThreads;
-  long_rows_kernel<T, G, kWidth><<<static_cast<unsigned>(op.m), threads, bytes, stream>>>(op, held);
+      name);
+  int threads = 128;  // for a few words each
+  while (threads < kMostThreads && threads * kAhead * kWidth < op.v) threads *= 2;
+  int blocks = 0;  // of a multiprocessor
+  check_call(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, long_rows_kernel<T, G, kWidth>,
+                                                           threads, bytes),
+             name);
+  const int64_t grid = std::min(op.m, static_cast<int64_t>(blocks) * backend.processors());
+  long_rows_kernel<T, G, kWidth>
+      <<<static_cast<unsigned>(grid), threads, bytes, backend.stream()>>>(op, held);
 }
 
 }  // namespace
@@ -238,9 +279,9 @@ void CudaBackend::run(const CrossEntropy& op) {
       } else {
         constexpr int kWide = 4;
         if (v % kWide == 0 && aligned(op.logits, kWide) && aligned(op.dlogits, kWide))
-          run_long_rows<T, G, kWide>(operands, index_, stream_);
+          run_long_rows<T, G, kWide>(operands, *this);
         else
-          run_long_rows<T, G, 1>(operands, index_, stream_);
+          run_long_rows<T, G, 1>(operands, *this);
       }
     });
   });

@@ -27,7 +27,7 @@ constexpr int kThreads = 256;
 constexpr int kWide = 4;                    // elements moved at once
 constexpr int64_t kSharedFloats = 8 << 10;  // of a block's small table: six blocks and more fit
 constexpr int64_t kColumns = 128, kFewest = 32;  // columns of a small table
-constexpr int kAhead = 8;                        // rows asked for before the first of them is added
+constexpr int kAhead = 8;                        // rows asked for while as many are added
 constexpr int64_t kSlice = 512;                  // columns of dtable that a warp takes at once
 
 template <int kWidth, class T>
@@ -74,18 +74,25 @@ __global__ void small_table_kernel(const int32_t* ids, const float* dy, int64_t 
   float* const sums = table + threadIdx.x;
   for (int64_t id = 0; id < v; ++id) sums[id * columns] = 0;
   const int64_t begin = blockIdx.x * share, end = min(begin + share, t);
+  float value[kAhead];
+  int32_t id[kAhead];
+  const auto ask = [&](int64_t row) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      id[a] = row + a < end ? __ldg(ids + row + a) : -1;
+      value[a] = row + a < end ? __ldg(dy + (row + a) * dy_stride + column) : 0.f;
+    }
+  };
+  ask(begin);
   for (int64_t row = begin; row < end; row += kAhead) {
-    float value[kAhead];
-    int32_t id[kAhead];
+    float now[kAhead];
+    int32_t to[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) now[a] = value[a], to[a] = id[a];
+    ask(row + kAhead);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a)
-      if (row + a < end) {
-        id[a] = __ldg(ids + row + a);
-        value[a] = __ldg(dy + (row + a) * dy_stride + column);
-      }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if (row + a < end && id[a] >= 0 && id[a] < v) sums[id[a] * columns] += value[a];
+      if (to[a] >= 0 && to[a] < v) sums[to[a] * columns] += now[a];
   }
   for (int64_t id = 0; id < v; ++id)
     partial[(blockIdx.x * v + id) * d + column] = sums[id * columns];

@@ -13,10 +13,10 @@ namespace {
 using namespace cuda;  // of this file only
 
 constexpr int kThreads = 256;
-constexpr int kWide = 4;    // elements moved at once: 16 bytes of f32, 8 of bf16
-constexpr int kAhead = 8;   // rows asked for before the first of them is added
-constexpr int kBlocks = 8;  // of a multiprocessor
-constexpr int kColumns = 32, kSlices = kThreads / kColumns;  // of a block that adds partial sums
+constexpr int kWide = 4;                    // elements moved at once: 16 bytes of f32, 8 of bf16
+constexpr int kAhead = 8;                   // rows asked for before the first of them is added
+constexpr int kBlocks = 8;                  // of a multiprocessor
+constexpr int kColumns = 32, kSlices = 32;  // of a block that adds partial sums
 
 // partial(chunks, c). Columns go to `lanes` threads, kWidth each, and the other threads of a block
 // to other rows.
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kColumns* kSlices)
     add_partials_kernel(const float* partial, int64_t count, int64_t elements, int64_t columns,
                         float* out, int64_t out_stride) {
   __shared__ float sums[kSlices][kColumns];
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kThreads)
   const int slice = threadIdx.x / kColumns;
   float sum = 0;
   if (i < elements) {
-#pragma unroll 4
+#pragma unroll 8
     for (int64_t k = slice; k < count; k += kSlices) sum += partial[k * elements + i];
   }
   sums[slice][threadIdx.x % kColumns] = sum;
@@ -79,8 +79,9 @@ __global__ void __launch_bounds__(kThreads)
 void cuda::add_partials(const char* op, const float* partial, int64_t count, const View& out,
                         cudaStream_t stream) {
   const int64_t elements = out.count();
-  add_partials_kernel<<<static_cast<unsigned>(div_up(elements, kColumns)), kThreads, 0, stream>>>(
-      partial, count, elements, out.cols(), out.as<float>(), out.rank > 1 ? out.stride[0] : 0);
+  add_partials_kernel<<<static_cast<unsigned>(div_up(elements, kColumns)), kColumns * kSlices, 0,
+                        stream>>>(partial, count, elements, out.cols(), out.as<float>(),
+                                  out.rank > 1 ? out.stride[0] : 0);
   check_launch(op);
 }
 
