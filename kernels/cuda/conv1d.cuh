@@ -9,6 +9,7 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/fast_math.cuh"
 #include "kernels/cuda/words.cuh"
 
 namespace coil::cuda {
@@ -117,20 +118,12 @@ __device__ float sum_at(const float (&taps)[kTaps][kWidth], const float (&kept)[
   return sum;
 }
 
-// 1 / (1 + e^(gate - x)) in four instructions: multiply and add, power of two, add, reciprocal.
-// __expf and __fdividef take as many again to treat denormals. With a gate of minus infinity this
-// is 1, so that leaving SiLU out costs no branch. Infinity in the denominator gives 0, NaN stays.
+// 1 / (1 + 2^(gate - x log2 e)) in four instructions: multiply and add, power, add, reciprocal.
+// With a gate of minus infinity this is 1, so that leaving SiLU out costs no branch. Infinity in
+// the denominator gives 0, NaN stays.
 __device__ inline float gate_of(bool silu) { return silu ? 0.f : -INFINITY; }
 __device__ inline float sigmoid(float x, float gate) {
-  const float power = fmaf(-1.44269504088896341f, x, gate);
-#ifdef __CUDA_ARCH__
-  float e, result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(power));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1 + e));
-  return result;
-#else
-  return 1 / (1 + exp2f(power));
-#endif
+  return fast_reciprocal(1 + fast_exp2(fmaf(-kLog2OfE, x, gate)));
 }
 
 // Calls f with the number of taps as a constant.

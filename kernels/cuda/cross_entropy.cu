@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/cuda/fast_math.cuh"
 #include "kernels/cuda/words.cuh"
 
 namespace coil {
@@ -64,12 +65,6 @@ __device__ RowFactors finish_row(const Operands<T, G>& op, int64_t row, int32_t 
   return {most, valid ? op.scale * weight / sum : nan, op.scale * weight, target};
 }
 
-__device__ float gradient_of(const RowFactors& row, int64_t i, float power) {
-  if (row.target == -1) return 0;
-  const float gradient = power * row.scale;
-  return i == row.target ? gradient - row.own : gradient;
-}
-
 // `lanes` threads a row, a power of two up to 32.
 template <class T, class G>
 __global__ void __launch_bounds__(kThreads) short_rows_kernel(const Operands<T, G> op, int lanes) {
@@ -106,8 +101,27 @@ __global__ void __launch_bounds__(kThreads) short_rows_kernel(const Operands<T, 
 #pragma unroll
   for (int h = 0; h < kHeld; ++h) {
     const int i = h * lanes + lane;
-    if (i < op.v) dlogits[i] = from_float<G>(gradient_of(factors, i, x[h]));
+    if (i >= op.v) continue;
+    const float gradient = target == -1 ? 0 : x[h] * factors.scale;
+    dlogits[i] = from_float<G>(i == target ? gradient - factors.own : gradient);
   }
+}
+
+template <class T, class G, int kWidth>
+__device__ void write_gradient(const RowFactors& row, int i, const Words<T, kWidth>& logits,
+                               G* to) {
+  float gradient[kWidth];
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k)
+    gradient[k] = row.target == -1 ? 0 : fast_exp(logits.at(k) - row.most) * row.scale;
+  if (row.target >= i && row.target < i + kWidth)
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k)
+      if (i + k == row.target) gradient[k] -= row.own;
+  Words<G, kWidth> out;
+#pragma unroll
+  for (int k = 0; k < kWidth; ++k) out.set(k, gradient[k]);
+  out.store(to);
 }
 
 // The largest of some logits, and the sum of powers of the logits less that. NaN goes into the sum
@@ -117,7 +131,7 @@ struct Sum {
 
   // To another base; both may be minus infinity.
   __device__ void rebase(float to) {
-    sum *= most < to ? __expf(most - to) : 1.f;
+    sum *= most < to ? fast_exp(most - to) : 1.f;
     most = to;
   }
   __device__ void add(const Sum& other) {
@@ -151,10 +165,10 @@ __device__ Sum over_block(Sum own) {
 // `held` logits wait in shared memory; those beyond are read again.
 template <class T, class G, int kWidth>
 __global__ void __launch_bounds__(kMostThreads)
-    long_rows_kernel(const Operands<T, G> op, int64_t held) {
+    long_rows_kernel(const Operands<T, G> op, int held) {
   extern __shared__ uint4 memory[];
   T* const waiting = reinterpret_cast<T*>(memory);
-  const int64_t first = threadIdx.x * kWidth, step = blockDim.x * kWidth;
+  const int v = static_cast<int>(op.v), step = static_cast<int>(blockDim.x) * kWidth;
   RowFactors factors;
   for (int64_t row = blockIdx.x, last = -1;; last = row, row += gridDim.x) {
     // The gradient of row `last`, if there is one, and the sum of row `row`, if there is one.
@@ -164,44 +178,40 @@ __global__ void __launch_bounds__(kMostThreads)
     const T* const again = op.logits + last * op.logits_stride;
     G* const dlogits = op.dlogits + last * op.dlogits_stride;
     const int32_t target = reads ? op.targets[row] : -1;
-    const float own = target >= 0 && target < op.v ? to_float(logits[target]) : 0.f;
+    const float own = target >= 0 && target < v ? to_float(logits[target]) : 0.f;
     Sum sum;
-    for (int64_t begin = first; begin < op.v; begin += kAhead * step) {
+    for (int begin = static_cast<int>(threadIdx.x) * kWidth; begin < v; begin += kAhead * step) {
       Words<T, kWidth> words[kAhead];
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
-        if (reads && begin + a * step < op.v) words[a].load(logits + begin + a * step);
-      if (writes) {
+        if (reads && begin + a * step < v) words[a].load(logits + begin + a * step);
+      if (writes)
 #pragma unroll
-        for (int a = 0; a < kAhead; ++a) {
-          const int64_t i = begin + a * step;
-          if (i >= op.v) continue;
-          Words<T, kWidth> word;
-          word.load(i < held ? waiting + i : again + i);
-          Words<G, kWidth> out;
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k)
-            out.set(k, gradient_of(factors, i + k, __expf(word.at(k) - factors.most)));
-          out.store(dlogits + i);
-        }
-      }
+        for (int a = 0; a < kAhead; ++a)
+          if (const int i = begin + a * step; i < v) {
+            Words<T, kWidth> word;
+            if (i < held)
+              word.load(waiting + i);
+            else
+              word.load(again + i);
+            write_gradient(factors, i, word, dlogits + i);
+          }
       if (!reads) continue;
       float most = sum.most;
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
-        const int64_t i = begin + a * step;
-        if (i >= op.v) continue;
-        if (i < held) words[a].store(waiting + i);
+      for (int a = 0; a < kAhead; ++a)
+        if (const int i = begin + a * step; i < v) {
+          if (i < held) words[a].store(waiting + i);
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) most = fmaxf(most, words[a].at(k));
-      }
+          for (int k = 0; k < kWidth; ++k) most = fmaxf(most, words[a].at(k));
+        }
       sum.rebase(most);
       const float base = most == -INFINITY ? 0 : most;
 #pragma unroll
       for (int a = 0; a < kAhead; ++a)
-        if (begin + a * step < op.v)
+        if (begin + a * step < v)
 #pragma unroll
-          for (int k = 0; k < kWidth; ++k) sum.sum += __expf(words[a].at(k) - base);
+          for (int k = 0; k < kWidth; ++k) sum.sum += fast_exp(words[a].at(k) - base);
     }
     if (!reads) return;
     sum = over_block(sum);
@@ -219,7 +229,8 @@ void run_long_rows(const Operands<T, G>& op, const CudaBackend& backend) {
                                     backend.device().index),
              name);
   const int64_t room = (most - kReserved) / 16 * 16 / static_cast<int64_t>(sizeof(T));
-  const int64_t held = std::min(op.v, room), bytes = held * sizeof(T);
+  const int held = static_cast<int>(std::min(op.v, room));
+  const int64_t bytes = held * sizeof(T);
   check_call(
       cudaFuncSetAttribute(long_rows_kernel<T, G, kWidth>,
                            cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
@@ -255,10 +266,11 @@ void CudaBackend::run(const CrossEntropy& op) {
                                       {"class_weights", op.class_weights}})
     check(!view || view.device == device(), "{}: {} is not in memory of cuda:{}", name, operand,
           index_);
+  check(v < int64_t{1} << 30, "{}: {} logits a row, expected less than 2^30", name, v);
   if (m == 0) return;
 
-  cuda::with_type(name, op.logits, [&](auto logits) {
-    cuda::with_type(name, op.dlogits ? op.dlogits : op.logits, [&](auto dlogits) {
+  with_type(name, op.logits, [&](auto logits) {
+    with_type(name, op.dlogits ? op.dlogits : op.logits, [&](auto dlogits) {
       using T = decltype(logits);
       using G = decltype(dlogits);
       const Operands<T, G> operands{.logits = op.logits.as<T>(),
@@ -285,7 +297,7 @@ void CudaBackend::run(const CrossEntropy& op) {
       }
     });
   });
-  cuda::check_launch(name);
+  check_launch(name);
 }
 
 }  // namespace coil
