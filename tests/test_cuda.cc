@@ -41,6 +41,9 @@ std::vector<Shape> shapes() {
       {"long", {.d = 32, .e = 64, .n = 16, .r = 2, .pieces = whole_pieces({100'000})}},
       {"decode", {.d = 128, .e = 256, .n = 16, .r = 8, .pieces = decoding(64)}},
       {"vocabulary", {.d = 32, .e = 64, .r = 2, .v = 5000, .pieces = whole_pieces({513, 1})}},
+      {"wide", {.d = 2048, .e = 64, .r = 2, .pieces = whole_pieces({300})}},
+      {"words", {.d = 32, .e = 64, .r = 2, .v = 50'280, .pieces = whole_pieces({9})}},
+      {"more words", {.d = 32, .e = 64, .r = 2, .v = 60'001, .pieces = whole_pieces({9})}},
   };
 }
 

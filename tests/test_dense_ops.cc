@@ -86,7 +86,7 @@ std::vector<double> weights_of(const Field& weight, bool given) {
 
 TEST_P(DenseOps, Norm) {
   const double eps = 1e-3;
-  for (const auto& [t, d] : {std::pair{1, 1}, {5, 31}, {3, 256}, {300, 200}})
+  for (const auto& [t, d] : {std::pair{1, 1}, {5, 31}, {3, 256}, {300, 200}, {3, 1500}, {2, 7000}})
     for (const bool residual : {false, true})
       for (const bool weighted : {false, true}) {
         Field x(t, d, random), add(t, d, random), weight(1, d, random, false);
@@ -133,7 +133,7 @@ TEST_P(DenseOps, Norm) {
 
 TEST_P(DenseOps, NormBackwardByComplexStep) {
   const double eps = 1e-3;
-  for (const auto& [t, d] : {std::pair{1, 1}, {5, 31}, {1100, 40}})
+  for (const auto& [t, d] : {std::pair{1, 1}, {5, 31}, {1100, 40}, {2, 1100}})
     for (const bool residual : {false, true})
       for (const bool weighted : {false, true}) {
         Field x(t, d, random), weight(1, d, random, false), dy(t, d, random), up(t, d, random);
@@ -272,7 +272,7 @@ TEST_P(DenseOps, PoolBackward) {
 
 TEST_P(DenseOps, CrossEntropyByComplexStep) {
   const float scale = 0.7f;
-  for (const auto& [m, v] : {std::pair{1, 1}, {9, 5}, {600, 16}, {4, 300}})
+  for (const auto& [m, v] : {std::pair{1, 1}, {9, 5}, {600, 16}, {4, 300}, {2, 1203}})
     for (const bool weighted : {false, true}) {
       Field logits(m, v, random), loss(m, 1, false), dlogits(m, v), weights(1, v, random, false);
       for (int j = 0; j < v; ++j) weights.at(0, j) = std::abs(weights.at(0, j));

@@ -13,7 +13,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/sum_rows.cuh"
 
 namespace coil {
 namespace {
@@ -27,7 +27,7 @@ constexpr int kThreads = 256;
 constexpr int kWide = 4;                    // elements moved at once
 constexpr int64_t kSharedFloats = 8 << 10;  // of a block's small table: six blocks and more fit
 constexpr int64_t kColumns = 128, kFewest = 32;  // columns of a small table
-constexpr int kAhead = 8;                        // rows asked for before the first of them is added
+constexpr int kAhead = 8;                        // rows asked for while as many are added
 constexpr int64_t kSlice = 512;                  // columns of dtable that a warp takes at once
 
 template <int kWidth, class T>
@@ -74,41 +74,28 @@ __global__ void small_table_kernel(const int32_t* ids, const float* dy, int64_t 
   float* const sums = table + threadIdx.x;
   for (int64_t id = 0; id < v; ++id) sums[id * columns] = 0;
   const int64_t begin = blockIdx.x * share, end = min(begin + share, t);
+  float value[kAhead];
+  int32_t id[kAhead];
+  const auto ask = [&](int64_t row) {
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      id[a] = row + a < end ? __ldg(ids + row + a) : -1;
+      value[a] = row + a < end ? __ldg(dy + (row + a) * dy_stride + column) : 0.f;
+    }
+  };
+  ask(begin);
   for (int64_t row = begin; row < end; row += kAhead) {
-    float value[kAhead];
-    int32_t id[kAhead];
+    float now[kAhead];
+    int32_t to[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) now[a] = value[a], to[a] = id[a];
+    ask(row + kAhead);
 #pragma unroll
     for (int a = 0; a < kAhead; ++a)
-      if (row + a < end) {
-        id[a] = __ldg(ids + row + a);
-        value[a] = __ldg(dy + (row + a) * dy_stride + column);
-      }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a)
-      if (row + a < end && id[a] >= 0 && id[a] < v) sums[id[a] * columns] += value[a];
+      if (to[a] >= 0 && to[a] < v) sums[to[a] * columns] += now[a];
   }
   for (int64_t id = 0; id < v; ++id)
     partial[(blockIdx.x * v + id) * d + column] = sums[id * columns];
-}
-
-// dtable(v,d) += the partials (shares, v, d): 32 elements a block, kThreads / 32 threads each.
-__global__ void __launch_bounds__(kThreads)
-    add_tables_kernel(const float* partial, int64_t shares, int64_t v, int64_t d, float* dtable,
-                      int64_t dtable_stride) {
-  constexpr int kSlices = kThreads / 32;
-  __shared__ float sums[kSlices][32];
-  const int64_t i = blockIdx.x * int64_t{32} + threadIdx.x % 32;
-  const int slice = threadIdx.x / 32;
-  float sum = 0;
-  if (i < v * d) {
-#pragma unroll 4
-    for (int64_t k = slice; k < shares; k += kSlices) sum += partial[k * v * d + i];
-  }
-  sums[slice][threadIdx.x % 32] = sum;
-  __syncthreads();
-  if (slice != 0 || i >= v * d) return;
-  for (int k = 1; k < kSlices; ++k) sum += sums[k][threadIdx.x];
-  dtable[i / d * dtable_stride + i % d] += sum;
 }
 
 // A warp for each id and kSlice columns. The columns go round the lanes, kWidth at a time.
@@ -226,9 +213,7 @@ void CudaBackend::run(const EmbedBackward& op) {
                          stream_>>>(ids, op.dy.as<float>(), op.dy.stride[0], t, v, d, share,
                                     partial.as<float>());
     cuda::check_launch(name);
-    add_tables_kernel<<<static_cast<unsigned>(div_up(v * d, 32)), kThreads, 0, stream_>>>(
-        partial.as<float>(), shares, v, d, op.dtable.as<float>(), op.dtable.stride[0]);
-    cuda::check_launch(name);
+    cuda::add_partials(name, partial.as<float>(), shares, op.dtable, stream_);
     return;
   }
   const int64_t slices = div_up(d, kSlice);

@@ -22,12 +22,11 @@ using cuda::from_float;
 using cuda::to_float;
 
 constexpr int kThreads = 256;
-constexpr int kColumns = 32,
-              kSlices = kThreads / kColumns;  // of a block that joins a piece's tiles
+constexpr int kColumns = 32, kMostSlices = 32;  // of a block that joins a piece's tiles
 // Rows of a tile; shorter ones give a short batch more threads.
-constexpr int64_t kTiles[] = {1024, 256, 64};
-constexpr int64_t kThreadsWanted = 1024;  // of a multiprocessor
-constexpr int64_t kBackwardTile = 64;     // rows that share one read of dy
+constexpr int64_t kShortestTile = 64, kLongestTile = 1024;
+constexpr int64_t kThreadsWanted = 512;  // of a multiprocessor
+constexpr int64_t kBackwardTile = 64;    // rows that share one read of dy
 
 struct Batch {
   const Piece* pieces;
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
 __device__ int64_t output_row(const Batch& batch, int p) {
   if (batch.all_last) return p;
   int row = 0;
-  for (int begin = 0; begin < p; begin += kThreads) {
+  for (int begin = 0; begin < p; begin += static_cast<int>(blockDim.x)) {
     const int i = begin + static_cast<int>(threadIdx.x);
     row += __syncthreads_count(i < p && batch.pieces[i].last);
   }
@@ -77,11 +76,12 @@ __device__ int64_t output_row(const Batch& batch, int p) {
 // Block (piece, columns): the sum carried so far and the tiles' sums, in an order that depends on
 // the number of tiles only. The count of the state is left to write_counts_kernel, since other
 // blocks read it.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kColumns* kMostSlices)
     join_tiles_kernel(const Batch batch, const double* partial, double* state, int64_t state_stride,
                       float* y, int64_t y_stride) {
-  __shared__ double sums[kSlices][kColumns];
+  __shared__ double sums[kMostSlices][kColumns];
   const int p = static_cast<int>(blockIdx.x), slice = threadIdx.x / kColumns;
+  const int slices = blockDim.x / kColumns;
   const int64_t column = blockIdx.y * static_cast<int64_t>(kColumns) + threadIdx.x % kColumns;
   const Piece piece = batch.pieces[p];
   const int64_t first = batch.first[p], length = batch.tile_length;
@@ -89,13 +89,13 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0;
   if (column < batch.d) {
 #pragma unroll 4
-    for (int64_t i = slice; i < tiles; i += kSlices) sum += partial[(first + i) * batch.d + column];
+    for (int64_t i = slice; i < tiles; i += slices) sum += partial[(first + i) * batch.d + column];
   }
   sums[slice][threadIdx.x % kColumns] = sum;
   const int64_t row = piece.last ? output_row(batch, p) : 0;
   __syncthreads();
   if (slice != 0 || column >= batch.d) return;
-  for (int k = 1; k < kSlices; ++k) sum += sums[k][threadIdx.x];
+  for (int k = 1; k < slices; ++k) sum += sums[k][threadIdx.x];
   double steps = static_cast<double>(piece.length);
   if (piece.from >= 0) {
     sum = state[piece.from * state_stride + column] + sum;
@@ -208,12 +208,8 @@ void CudaBackend::run(const Pool& op) {
   const bool wide = aligned(op.x, kWide);
   const int64_t words = wide ? d / kWide : d, slices = div_up(d, kColumns);
   check(slices <= 65535, "pool: {} columns, expected less than 2^21", d);
-  int64_t length = 0;
-  for (const int64_t some : kTiles) {
-    length = some;
-    if (t / length * words >= processors_ * kThreadsWanted) break;
-  }
-  cut(batch, *op.rows, length);
+  cut(batch, *op.rows,
+      std::clamp(div_up(t * words, processors_ * kThreadsWanted), kShortestTile, kLongestTile));
   const Tensor partial(*this, DType::f64, {batch.tiles, d});
   if (d > 0) {
     cuda::with_type("pool", op.x, [&](auto type) {
@@ -228,7 +224,9 @@ void CudaBackend::run(const Pool& op) {
         run(std::integral_constant<int, 1>{});
     });
     cuda::check_launch("pool");
-    join_tiles_kernel<<<dim3(piece_count, static_cast<unsigned>(slices)), kThreads, 0, stream_>>>(
+    // More threads a column where pieces are of many tiles.
+    const int threads = kColumns * (batch.tiles > 64 * batch.piece_count ? kMostSlices : 8);
+    join_tiles_kernel<<<dim3(piece_count, static_cast<unsigned>(slices)), threads, 0, stream_>>>(
         batch, partial.as<double>(), op.state.as<double>(), op.state.stride[0], op.y.as<float>(),
         op.y.stride[0]);
     cuda::check_launch("pool");
