@@ -184,7 +184,7 @@ TEST_P(MambaStepTest, PrefillAndDecodingShareSlots) {
         {.begin = 1, .length = 50, .from = 0, .to = 4},
         {.begin = 51, .length = 1, .from = 3, .to = 3}},
        "both");
-  both({{.begin = 0, .length = 1, .from = 4, .to = 4},
+  both({{.begin = 0, .length = 1, .from = 4, .to = 0},
         {.begin = 1, .length = 1, .from = 4, .to = -1},
         {.begin = 2, .length = 1, .from = 3, .to = 5}},
        "steps again");
