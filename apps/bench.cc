@@ -186,6 +186,7 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     const char* name;
     double tokens;  // of one repetition
     Timing time;
+    int64_t steps = 0;  // of one repetition, where each is a pass over all sequences
   };
   std::vector<Figure> figures;
   const DType matrices = matrix_dtype(options.common);
@@ -220,16 +221,21 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
            lm_logits(backend, model, h);
          }
        })});
-  constexpr int64_t kSteps = 16;  // of one repetition, timed together
+  // Ids from the host to logits on the device, as many times as hide that the last is waited for.
+  constexpr int64_t kSteps = 64;
   int64_t position = length;
-  figures.push_back(
-      {"decoding", static_cast<double>(batch * kSteps), measure(backend, options.seconds, [&] {
-         for (int64_t i = 0; i < kSteps; ++i) {
-           const Rows rows = next_pieces(backend, batch, 1, position++, false);
-           const Tensor h = hidden(backend, model, ids_view(ids, batch), rows, &state);
-           lm_logits(backend, model, h);
-         }
-       })});
+  figures.push_back({"decoding", static_cast<double>(batch * kSteps),
+                     measure(backend, options.seconds,
+                             [&] {
+                               for (int64_t i = 0; i < kSteps; ++i) {
+                                 const Rows rows =
+                                     next_pieces(backend, batch, 1, position++, false);
+                                 const Tensor h =
+                                     hidden(backend, model, ids_view(ids, batch), rows, &state);
+                                 lm_logits(backend, model, h);
+                               }
+                             }),
+                     kSteps});
 
   if (options.json) {
     Json result = {{"threads", backend.threads()},
@@ -240,9 +246,13 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
                    {"vocab", config.vocab},
                    {"length", length},
                    {"batch", batch}};
-    for (const Figure& figure : figures)
+    for (const Figure& figure : figures) {
       result[figure.name] = {{"best_tokens_per_s", figure.tokens / figure.time.best},
                              {"median_tokens_per_s", figure.tokens / figure.time.median}};
+      if (figure.steps > 0)
+        result[figure.name]["median_us_per_step"] =
+            figure.time.median * 1e6 / static_cast<double>(figure.steps);
+    }
     out.write(result.dump(2) + "\n");
     return;
   }
@@ -251,9 +261,14 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
       "{:<16}{:>14}{:>16}\n",
       parameters(config), config.d, config.layers.size(), config.vocab, batch, length,
       options.common.precision, device_text(backend), "", "best tokens/s", "median tokens/s"));
-  for (const Figure& figure : figures)
-    out.write(fmt::format("{:<16}{:>14.0f}{:>16.0f}\n", figure.name,
-                          figure.tokens / figure.time.best, figure.tokens / figure.time.median));
+  for (const Figure& figure : figures) {
+    out.write(fmt::format("{:<16}{:>14.0f}{:>16.0f}", figure.name, figure.tokens / figure.time.best,
+                          figure.tokens / figure.time.median));
+    if (figure.steps > 0)
+      out.write(fmt::format("   {:.1f} us a step",
+                            figure.time.median * 1e6 / static_cast<double>(figure.steps)));
+    out.write("\n");
+  }
 }
 
 }  // namespace

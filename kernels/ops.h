@@ -24,6 +24,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "kernels/tensor.h"
 
@@ -137,6 +138,31 @@ struct SelectiveScanBackward {
   bool reverse = false;
 };
 
+// A whole stack of Mamba blocks over a batch in which every piece is one step long: what
+// model/backbone.cc and model/mamba1.cc do with the ops above, in one op, for decoding. Per layer
+//   u = norm(x);  x|z = in_proj(u);  x = silu(conv1d(x));  dt|B|C = x_proj(x);
+//   x += out_proj(scan(x, dt_proj(dt), A, B, C, D, z)),   and y = norm(x) after the last.
+// What the ops hand over in activation type is rounded to it here too, but for dt and the products
+// of out_proj, which stay f32. A backend may decline it: Backend::try_run.
+struct MambaStep {
+  struct Layer {
+    View norm;                     // (d)
+    View in_proj, in_proj_bias;    // (2e,d), optional (2e)
+    View conv_weight, conv_bias;   // (e,w), optional (e)
+    View x_proj;                   // (r+2n,e)
+    View dt_proj, dt_bias;         // (e,r) (e)
+    View A_log, D;                 // (e,n) (e)
+    View out_proj, out_proj_bias;  // (d,e), optional (d)
+    View conv_state, ssm_state;  // (s,w-1,e) (s,e,n); optional where every piece has from = to = -1
+  };
+  std::span<const Layer> layers;
+  View x;       // (t,d) f32, the residual stream; overwritten
+  View norm_f;  // (d)
+  View y;       // (t,d)
+  const Rows* rows = nullptr;
+  float eps = 1e-5f;
+};
+
 // One output row for each piece with `last`, in order of pieces. `last`: the sequence's last row;
 // `mean`: the mean over all its rows. state (s,d+1) f64 carries the running sum and the count of a
 // sequence in pieces.
@@ -205,6 +231,9 @@ class Backend {
   virtual void run(const Conv1dBackward&) = 0;
   virtual void run(const SelectiveScan&) = 0;
   virtual void run(const SelectiveScanBackward&) = 0;
+  // False, and nothing done, where the backend has no such op or not for these shapes: the caller
+  // then takes the ops it stands for.
+  virtual bool try_run(const MambaStep&) { return false; }
   virtual void run(const Pool&) = 0;
   virtual void run(const PoolBackward&) = 0;
   virtual void run(const CrossEntropy&) = 0;

@@ -181,11 +181,15 @@ Rows::Rows(Backend& backend, std::vector<Piece> pieces)
     check(writer[from] < 0 || writer[from] == static_cast<int64_t>(i),
           "rows: piece {} reads slot {}, which piece {} writes", i, from, writer[from]);
   }
-  if (backend.device().kind != Device::Kind::cpu) {
+}
+
+const Piece* Rows::device_pieces() const {
+  if (!mirror_ && backend_->device().kind != Device::Kind::cpu) {
     const auto bytes = static_cast<int64_t>(pieces_.size() * sizeof(Piece));
-    mirror_ = Tensor(backend, DType::u8, {bytes});
-    backend.copy(host_view(pieces_.data(), DType::u8, {bytes}), mirror_);
+    mirror_ = Tensor(*backend_, DType::u8, {bytes});
+    backend_->copy(host_view(const_cast<Piece*>(pieces_.data()), DType::u8, {bytes}), mirror_);
   }
+  return mirror_.as<Piece>();
 }
 
 const Rows::Tiles& Rows::tiles(int64_t length) const {

@@ -121,9 +121,10 @@ class Rows {
   int64_t finished() const { return finished_; }  // pieces with `last`
   int32_t slots() const { return slots_; }        // highest slot named, plus one
 
-  // For kernels of a device that is no CPU. The pieces in its memory; and every piece cut into
-  // tiles of `length` steps (the last one shorter), tile by tile in order of pieces.
-  const Piece* device_pieces() const { return mirror_.as<Piece>(); }
+  // For kernels of a device that is no CPU. The pieces in its memory, copied when first asked for
+  // (null on a CPU); and every piece cut into tiles of `length` steps (the last one shorter), tile
+  // by tile in order of pieces.
+  const Piece* device_pieces() const;
   struct Tiles {
     int64_t length = 0, count = 0;  // steps of a tile; tiles in all
     Tensor first;                   // (pieces) i32 in device memory: first tile of each piece
@@ -135,7 +136,7 @@ class Rows {
   std::vector<Piece> pieces_;
   int64_t total_ = 0, finished_ = 0;
   int32_t slots_ = 0;
-  Tensor mirror_;
+  mutable Tensor mirror_;
   mutable std::vector<std::unique_ptr<Tiles>> tiles_;
 };
 

@@ -3,6 +3,7 @@
 // per layer.
 #include "model/backbone.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "kernels/error.h"
@@ -49,6 +50,25 @@ DType activations(Backend& backend, const Backbone& backbone) {
       backbone.layers[0].mixer);
 }
 
+bool try_step(Backend& backend, const Config& config, const Backbone& backbone, View x,
+              const Rows& rows, const State* state, View y) {
+  const bool one_step =
+      std::ranges::all_of(rows.pieces(), [](const Piece& piece) { return piece.length == 1; });
+  if (!one_step || config.mixer_norms || backbone.layers.empty()) return false;
+  std::vector<MambaStep::Layer> operands;
+  operands.reserve(backbone.layers.size());
+  for (size_t i = 0; i < backbone.layers.size(); ++i)
+    operands.push_back(step_operands(std::get<Mamba1Weights>(backbone.layers[i].mixer),
+                                     state ? &std::get<Mamba1State>(state->layers[i]) : nullptr,
+                                     backbone.layers[i].norm));
+  return backend.try_run(MambaStep{.layers = operands,
+                                   .x = x,
+                                   .norm_f = backbone.norm_f,
+                                   .y = y,
+                                   .rows = &rows,
+                                   .eps = config.eps});
+}
+
 Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const Rows& rows,
                          State* state, Saved* saved) const {
   const int64_t t = rows.total(), d = config.d;
@@ -62,6 +82,9 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
   if (saved) {
     saved->blocks = std::vector<Saved::Block>(layers.size());
     saved->initial = state;
+  } else {
+    Tensor y(backend, act, {t, d});
+    if (try_step(backend, config, *this, x, rows, state, y)) return y;
   }
 
   Tensor sum = std::move(x);  // (t, d), the residual stream

@@ -144,6 +144,24 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
   return out;
 }
 
+MambaStep::Layer step_operands(const Mamba1Weights& weights, const Mamba1State* state,
+                               const Tensor& norm) {
+  return {.norm = norm,
+          .in_proj = weights.in_proj,
+          .in_proj_bias = view_or_none(weights.in_proj_bias),
+          .conv_weight = conv_taps(weights.conv_weight),
+          .conv_bias = view_or_none(weights.conv_bias),
+          .x_proj = weights.x_proj,
+          .dt_proj = weights.dt_proj,
+          .dt_bias = weights.dt_bias,
+          .A_log = weights.A_log,
+          .D = weights.D,
+          .out_proj = weights.out_proj,
+          .out_proj_bias = view_or_none(weights.out_proj_bias),
+          .conv_state = state ? state->conv.view() : View{},
+          .ssm_state = state ? state->ssm.view() : View{}};
+}
+
 Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
                 const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
                 Mamba1State* dstate, Mamba1Weights& grad) {

@@ -46,6 +46,9 @@ std::vector<Param> declare(const Config& config, Mamba1Weights& weights, const s
 // u (t,d) → (t,d). state: null starts every piece from zero. saved: null for inference.
 Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
                const Rows& rows, Mamba1State* state, Mamba1Saved* saved);
+// A layer's operands for decoding in one op; `norm` is that of its block.
+MambaStep::Layer step_operands(const Mamba1Weights& weights, const Mamba1State* state,
+                               const Tensor& norm);
 // dy (t,d) → du (t,d); adds to grad. `initial` is the state forward read (null: zero); dstate: in,
 // of the final state, out, of the initial one (null: neither).
 Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,

@@ -39,6 +39,7 @@ class CudaBackend final : public Backend {
   void run(const Conv1dBackward&) override;
   void run(const SelectiveScan&) override;
   void run(const SelectiveScanBackward&) override;
+  bool try_run(const MambaStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;
@@ -57,6 +58,7 @@ class CudaBackend final : public Backend {
   std::unordered_map<void*, int64_t> blocks_;   // size class of every block handed out or kept
   std::map<int64_t, std::vector<void*>> kept_;  // by size class
   int64_t in_use_ = 0;
+  unsigned* step_barriers_ = nullptr;  // of mamba_step.cu: zero between launches
 };
 
 }  // namespace coil
