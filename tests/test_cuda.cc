@@ -31,6 +31,22 @@ std::vector<Piece> decoding(int64_t count) {
   return pieces;
 }
 
+// So many of about one length that a scan takes them in one pass; states read, written, forked.
+std::vector<Piece> together() {
+  std::vector<Piece> pieces;
+  int64_t begin = 0;
+  for (int32_t i = 0; i < 24; ++i) {
+    const int64_t length = 150 + 7 * (i % 13);
+    pieces.push_back({.begin = begin,
+                      .length = length,
+                      .from = i % 3 ? i : -1,
+                      .to = i % 4 ? 24 + i : -1,
+                      .last = i % 4 == 0});
+    begin += length;
+  }
+  return pieces;
+}
+
 std::vector<Shape> shapes() {
   return {
       {"one", {.d = 64, .e = 128, .n = 16, .r = 4, .pieces = whole_pieces({1000})}},
@@ -38,6 +54,7 @@ std::vector<Shape> shapes() {
       {"odd", {.d = 37, .e = 75, .n = 11, .r = 5, .w = 3, .v = 23, .pieces = ragged_pieces(700)}},
       {"states", {.d = 40, .e = 36, .n = 37, .r = 3, .w = 2, .pieces = ragged_pieces(300)}},
       {"batch", {.d = 256, .e = 512, .n = 16, .pieces = whole_pieces({2048, 2048, 2048, 2048})}},
+      {"together", {.d = 256, .e = 512, .n = 16, .pieces = together()}},
       {"long", {.d = 32, .e = 64, .n = 16, .r = 2, .pieces = whole_pieces({100'000})}},
       {"decode", {.d = 128, .e = 256, .n = 16, .r = 8, .pieces = decoding(64)}},
       {"vocabulary", {.d = 32, .e = 64, .r = 2, .v = 5000, .pieces = whole_pieces({513, 1})}},

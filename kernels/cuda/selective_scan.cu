@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
 #pragma unroll
     for (int w = 0; w < 2; ++w) {
       const float delta = softplus_of((w ? dt.y : dt.x) + bias[w]), u = delta * (w ? x.y : x.x);
-      sum[w] += delta;
-      float even = 0, odd = 0;
+      if (kLocal || kRare) sum[w] += delta;
+      float even = kLocal || kRare ? 0 : D[w] * (w ? x.y : x.x), odd = 0;
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
         h[w][i] = fmaf(power_of_two(delta * rate[w][i]), h[w][i], u * b[i]);
@@ -113,8 +113,10 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
         }
         partial_at += direction * op.e;
       }
-      y[0] = fmaf(D[0], x.x, y[0]);
-      y[1] = fmaf(D[1], x.y, y[1]);
+      if (kRare) {
+        y[0] = fmaf(D[0], x.x, y[0]);
+        y[1] = fmaf(D[1], x.y, y[1]);
+      }
       if (!kRare || op.z) {
         const float2 z = pair(&slot[2][s][own]);
         y[0] *= z.x * sigmoid_of(z.x);
@@ -233,7 +235,7 @@ void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
           <<<static_cast<unsigned>(div_up(threads, kThreads)), kThreads, 0, stream>>>(scan);
       check_launch("selective_scan");
     }
-    if (scan.partial_y || !scan.z)
+    if (scan.partial_y || !scan.z || (scan.sum_dt && !scan.carry))
       launch<T, kWords, false, true>(scan, tiles, stream);
     else
       launch<T, kWords, false, false>(scan, tiles, stream);

@@ -25,7 +25,7 @@ using namespace cuda;  // of this file only
 
 constexpr int kFew = 4;  // states whose steps are in registers at once
 constexpr int kWarps = kThreads / 32;
-constexpr int kLocalBlocks = 3, kWalkBlocks = 2;  // of a multiprocessor at once, by registers
+constexpr int kLocalBlocks = 4, kWalkBlocks = 2;  // of a multiprocessor at once, by registers
 
 // Sums of dB | dC over quads of lanes: a row for each quad of a block, in it the steps, in them
 // 2 kStates values. The gaps keep what is stored and read at once in different banks.
