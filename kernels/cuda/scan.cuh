@@ -16,7 +16,6 @@ namespace coil::cuda {
 constexpr int kStates = 16;  // in a thread's registers
 constexpr int kThreads = 128;
 constexpr int kScanSteps = 8;  // loaded and computed at once; also the steps between checkpoints
-constexpr int kSlots = 3;      // kScanSteps steps in use, and twice as many on their way
 constexpr int kUnrolled = 4;   // steps; eight are no faster, and more instructions to fetch
 static_assert(kScanSteps == scan_block({Device::Kind::cuda, 0}));
 constexpr float kLog2e = 1.44269504088896341f;
@@ -164,12 +163,12 @@ __device__ inline void end_of_slot() {
   asm volatile("cp.async.commit_group;");
 #endif
 }
-__device__ inline void wait_for_slot() {  // for all but the last one begun
+template <int kSlots>
+__device__ void wait_for_slot() {  // for all but those of the slots begun after the next one
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_group %0;" ::"n"(kSlots - 2));
 #endif
 }
-
 __device__ inline void wait_for_all() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_all;");
@@ -177,10 +176,10 @@ __device__ inline void wait_for_all() {
 }
 
 // kArrays activations (x, dt, …) of a tile, kScanSteps steps of kAcross channels at a time, in
-// kSlots slots of shared memory; from the tile's first step to its last, or (kBack) from the last
-// to the first. kWords: rows can be read 16 bytes at a time. Threads lie along a row, then along
-// rows, and their addresses are only ever added to.
-template <class T, int kArrays, int kAcross, bool kWords, bool kBack>
+// kSlots slots of shared memory, all but one of them on their way; from the tile's first step to
+// its last, or (kBack) from the last to the first. kWords: rows can be read 16 bytes at a time.
+// Threads lie along a row, then along rows, and their addresses are only ever added to.
+template <class T, int kArrays, int kAcross, int kSlots, bool kWords, bool kBack>
 struct Ring {
   using Slot = T[kArrays][kScanSteps][kAcross];
   static constexpr int kBytes = kSlots * sizeof(Slot);
@@ -359,7 +358,11 @@ inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_
   constexpr int64_t kBegin = 32;  // a block's beginning takes as long as about so many steps
   int64_t best = 0, best_cost = 0;
   for (int64_t length = 128; length <= 1024; length += 32) {
-    const int64_t tiles = pieces == 1 ? div_up(longest, length) : rows.total() / length + pieces;
+    int64_t tiles = rows.total() / length + (pieces + 1) / 2;  // of many pieces about so many
+    if (pieces <= 64) {
+      tiles = 0;
+      for (const Piece& piece : rows.pieces()) tiles += div_up(piece.length, length);
+    }
     const int64_t cost = div_up(tiles * channel_blocks, at_once) * (length + kBegin);
     if (best == 0 || cost < best_cost) best = length, best_cost = cost;
   }

@@ -129,9 +129,13 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
       delta[s] = softplus_of(to_float(own.act[buffer][1][s][lane]) + bias);
-      if (s >= left) delta[s] = 0;  // a decay of 1 and nothing to add
       u[s] = delta[s] * to_float(own.act[buffer][0][s][lane]);
-      y[s] = 0;
+      y[s] = D * to_float(own.act[buffer][0][s][lane]);
+    }
+    if (left < kScanSteps) {
+#pragma unroll
+      for (int s = 0; s < kScanSteps; ++s)
+        if (s >= left) delta[s] = u[s] = 0;  // a decay of 1 and nothing to add
     }
 #pragma unroll
     for (int f = 0; f < kWaveFours; ++f) {
@@ -179,13 +183,18 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
     }
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
-      const float x = to_float(own.act[buffer][0][s][lane]);
       const float z = to_float(own.act[buffer][2][s][lane]);
-      y[s] = fmaf(D, x, y[s]) * (z * sigmoid_of(z));
+      y[s] *= z * sigmoid_of(z);
     }
+    const auto store = [&](int s) { y_at[static_cast<int64_t>(s) * y_hop] = from_float<T>(y[s]); };
+    if (left >= kScanSteps) {
 #pragma unroll
-    for (int s = 0; s < kScanSteps; ++s)
-      if (s < left) y_at[static_cast<int64_t>(s) * y_hop] = from_float<T>(y[s]);
+      for (int s = 0; s < kScanSteps; ++s) store(s);
+    } else {
+#pragma unroll
+      for (int s = 0; s < kScanSteps; ++s)
+        if (s < left) store(s);
+    }
     y_at += static_cast<int64_t>(kWaveWarps * kScanSteps) * y_hop;
     checkpoint += static_cast<int64_t>(kWaveWarps * kStates) * e;
     __syncwarp();  // all lanes are done with the matrices

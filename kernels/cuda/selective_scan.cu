@@ -20,6 +20,7 @@ namespace {
 
 using namespace cuda;  // of this file only
 
+constexpr int kSlots = 3;
 constexpr int kWalkBlocks = 3, kLocalBlocks = 4;  // of a multiprocessor at once, by registers
 
 // A block takes 2 kThreads channels over one tile. kLocal: from zero, no output but the end state
@@ -28,7 +29,7 @@ constexpr int kWalkBlocks = 3, kLocalBlocks = 4;  // of a multiprocessor at once
 template <class T, bool kWords, bool kLocal, bool kRare>
 __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
     scan_kernel(const Scan<T> op) {
-  using Arrays = Ring<T, kLocal ? 2 : 3, 2 * kThreads, kWords, false>;  // x, dt and z
+  using Arrays = Ring<T, kLocal ? 2 : 3, 2 * kThreads, kSlots, kWords, false>;  // x, dt and z
   extern __shared__ float4 memory[];
   __shared__ Matrices matrices[2];
   const int64_t tile = blockIdx.x;
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
   };
   int slot = 0;
   for (int begin = 0, k = 0; begin < steps; begin += kScanSteps, ++k) {
-    wait_for_slot();
+    wait_for_slot<kSlots>();
     __syncthreads();  // the slot has come for all; what steps before the last ones used is free
     on_the_way.keep(matrices[(k + 1) % 2]);
     on_the_way.load();
@@ -217,7 +218,8 @@ __global__ void __launch_bounds__(kThreads) carry_kernel(const Scan<T> op) {
 
 template <class T, bool kWords, bool kLocal, bool kRare>
 void launch(const Scan<T>& scan, int64_t tiles, cudaStream_t stream) {
-  constexpr int kBytes = Ring < T, kLocal ? 2 : 3, 2 * kThreads, kWords, false > ::kBytes;
+  using Arrays = Ring<T, kLocal ? 2 : 3, 2 * kThreads, kSlots, kWords, false>;
+  constexpr int kBytes = Arrays::kBytes;
   allow_shared(scan_kernel<T, kWords, kLocal, kRare>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(div_up(scan.e, 2 * kThreads)));

@@ -25,7 +25,8 @@ using namespace cuda;  // of this file only
 
 constexpr int kFew = 4;  // states whose steps are in registers at once
 constexpr int kWarps = kThreads / 32;
-constexpr int kLocalBlocks = 4, kWalkBlocks = 2;  // of a multiprocessor at once, by registers
+constexpr int kLocalSlots = 3, kWalkSlots = 2;  // of the rings
+constexpr int kLocalBlocks = 4, kWalkBlocks = 2;     // of a multiprocessor at once, by registers
 
 // Sums of dB | dC over quads of lanes: a row for each quad of a block, in it the steps, in them
 // 2 kStates values. The gaps keep what is stored and read at once in different banks.
@@ -39,6 +40,7 @@ struct Kept {
   // in registers, so that the loop over states need not be unrolled: instructions fit their cache.
   float4 rate[kStates / kFew][kThreads], carried[kStates / kFew][kThreads];
   float4 dA[kStates / kFew][kThreads];
+  float before[kWalkSlots][kStates][kThreads];  // states before a slot's first step
   // Of each step the slope of softplus, and that of the gate times dy.
   float slope[kScanSteps][kThreads], gate[kScanSteps][kThreads];
 };
@@ -96,7 +98,7 @@ __device__ float4 sum_quads(const float* v) {
 // thread.
 template <class T, bool kWords>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const ScanBack<T> op) {
-  using Arrays = Ring<T, 3, 2 * kThreads, kWords, true>;  // dt, dy, z
+  using Arrays = Ring<T, 3, 2 * kThreads, kLocalSlots, kWords, true>;  // dt, dy, z
   extern __shared__ float4 memory[];
   __shared__ Matrices matrices[2];
   const int64_t tile = blockIdx.x;
@@ -113,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
   MatricesOnTheWay<T, true> on_the_way(op, row, steps);
   on_the_way.load();
 #pragma unroll
-  for (int slot = 0; slot < kSlots - 1; ++slot) ring.fetch(slot);
+  for (int slot = 0; slot < kLocalSlots - 1; ++slot) ring.fetch(slot);
 
   float rate[2][kStates], carried[2][kStates], bias[2], sum[2];
 #pragma unroll
@@ -148,11 +150,11 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
   };
   int slot = 0;
   for (int begin = last, k = 0; begin >= 0; begin -= kScanSteps, ++k) {
-    wait_for_slot();
+    wait_for_slot<kLocalSlots>();
     __syncthreads();  // as forward
     on_the_way.keep(matrices[(k + 1) % 2]);
     on_the_way.load();
-    ring.fetch(slot == 0 ? kSlots - 1 : slot - 1);
+    ring.fetch(slot == 0 ? kLocalSlots - 1 : slot - 1);
     if (steps - begin >= kScanSteps) {
 #pragma unroll kUnrolled
       for (int s = kScanSteps - 1; s >= 0; --s) step(ring.slots[slot], matrices[k % 2], s);
@@ -160,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
 #pragma unroll 1
       for (int s = steps - begin - 1; s >= 0; --s) step(ring.slots[slot], matrices[k % 2], s);
     }
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    slot = slot + 1 == kLocalSlots ? 0 : slot + 1;
   }
 #pragma unroll
   for (int w = 0; w < 2; ++w) {
@@ -207,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) carry_back_kernel(const ScanBack<T> 
 // states; of more the results come in parts.
 template <class T, bool kWords, bool kRare>
 __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const ScanBack<T> op) {
-  using Arrays = Ring<T, 4, kThreads, kWords, true>;  // x, dt, dy, z
+  using Arrays = Ring<T, 4, kThreads, kWalkSlots, kWords, true>;  // x, dt, dy, z
   extern __shared__ float4 memory[];
   __shared__ Matrices matrices[2];
   Kept& keep = *reinterpret_cast<Kept*>(memory);
@@ -229,8 +231,29 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   const int last = (steps - 1) / kScanSteps * kScanSteps;  // first step of the last slot
   MatricesOnTheWay<T, true> on_the_way(op, first_row, steps);
   on_the_way.load();
+  // The states before each slot's first step come the same way.
+  constexpr int kWord = kWords ? 4 : 1;  // channels of a thread, states at once
+  const int state_row = threadIdx.x / (kThreads / kWord),
+            state_column = threadIdx.x * kWord % kThreads;
+  const float* kept = op.checkpoints + block_channel + state_column +
+                      ((op.first_checkpoint[span.p] + (span.begin + last) / kScanSteps) * op.n +
+                       op.group * kStates + state_row) *
+                          op.e;
+  const auto fetch = [&](int slot, bool more) {
 #pragma unroll
-  for (int slot = 0; slot < kSlots - 1; ++slot) ring.fetch(slot);
+    for (int i = 0; i < kStates; i += kWord) {
+      const bool there = more && block_channel + state_column < op.e && i + state_row < states;
+      const float* const at = kept + static_cast<int64_t>(i) * static_cast<int>(op.e);
+      float* const to = &keep.before[slot][i + state_row][state_column];
+      if constexpr (kWords)
+        copy_later(to, at, there);
+      else
+        *to = there ? *at : 0;
+    }
+    kept -= op.n * op.e;
+    ring.fetch(slot);
+  };
+  fetch(0, true);
 
   float dD = 0, dbias = 0;
   const float bias = active ? op.dt_bias[channel] : 0, D = active ? op.D[channel] : 0;
@@ -265,30 +288,17 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   T* dz_at = op.dz + first_row * op.dz_stride + channel;
   const int dx_hop = direction * static_cast<int>(op.dx_stride);
   const int ddt_hop = direction * static_cast<int>(op.ddt_stride);
-  const int dz_hop = direction * static_cast<int>(op.dz_stride), e = static_cast<int>(op.e);
+  const int dz_hop = direction * static_cast<int>(op.dz_stride);
   dx_at += static_cast<int64_t>(last) * dx_hop;
   ddt_at += static_cast<int64_t>(last) * ddt_hop;
   dz_at += static_cast<int64_t>(last) * dz_hop;
-  // The states before a slot's first step, four at a time and one time ahead. Lanes past the last
-  // channel read another's, which then count for nothing.
-  const float* kept = op.checkpoints + (active ? channel : 0) +
-                      ((op.first_checkpoint[span.p] + (span.begin + last) / kScanSteps) * op.n +
-                       op.group * kStates) *
-                          op.e;
-  float next[kFew];
-  const auto load_next = [&](int few) {
-#pragma unroll
-    for (int i = 0; i < kFew; ++i)
-      next[i] = !kRare || few + i < states ? kept[static_cast<int64_t>(i) * e] : 0;
-  };
-  load_next(0);
   int slot = 0;
   for (int begin = last, k = 0; begin >= 0; begin -= kScanSteps, ++k) {
-    wait_for_slot();
+    wait_for_slot<kWalkSlots>();
     __syncthreads();  // as forward; and sums are free
     on_the_way.keep(matrices[(k + 1) % 2]);
     on_the_way.load();
-    ring.fetch(slot == 0 ? kSlots - 1 : slot - 1);
+    fetch(1 - slot, begin > 0);
     const typename Arrays::Slot& in = ring.slots[slot];
     const Matrices& matrix = matrices[k % 2];
     const int left = steps - begin;  // kScanSteps or more, except at the end
@@ -325,10 +335,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     for (int few = 0; few < kStates; few += kFew) {
       float h[32], a[32], before[kFew];  // (steps, states)
 #pragma unroll
-      for (int i = 0; i < kFew; ++i) before[i] = next[i];
-      // On to the next four, or to the slot before; from the first slot's last four nowhere.
-      kept += few + kFew < kStates ? kFew * op.e : begin > 0 ? (kFew - kStates - op.n) * op.e : 0;
-      load_next((few + kFew) % kStates);
+      for (int i = 0; i < kFew; ++i) before[i] = keep.before[slot][few + i][threadIdx.x];
       const auto four = [&](float4(&of)[kStates / kFew][kThreads]) -> float(&)[kFew] {
         return *reinterpret_cast<float(*)[kFew]>(&of[few / kFew][threadIdx.x]);
       };
@@ -452,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     if (s < left)
       *reinterpret_cast<float2*>(
           &op.partial_BC[(blockIdx.y * op.t + row + direction * s) * 2 * kStates + two]) = sum;
-    slot = slot + 1 == kSlots ? 0 : slot + 1;
+    slot = 1 - slot;
   }
   if (!active) return;
 #pragma unroll
@@ -536,7 +543,7 @@ __global__ void __launch_bounds__(kThreads) initial_kernel(const ScanBack<T> op,
 
 template <class T, bool kWords>
 void launch_local(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
-  constexpr int kBytes = Ring<T, 3, 2 * kThreads, kWords, true>::kBytes;
+  constexpr int kBytes = Ring<T, 3, 2 * kThreads, kLocalSlots, kWords, true>::kBytes;
   allow_shared(local_kernel<T, kWords>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(div_up(scan.e, 2 * kThreads)));
@@ -545,7 +552,7 @@ void launch_local(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
 }
 template <class T, bool kWords, bool kRare>
 void launch_walk(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Kept) + Ring<T, 4, kThreads, kWords, true>::kBytes;
+  constexpr int kBytes = sizeof(Kept) + Ring<T, 4, kThreads, kWalkSlots, kWords, true>::kBytes;
   allow_shared(backward_kernel<T, kWords, kRare>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(div_up(scan.e, kThreads)));
   backward_kernel<T, kWords, kRare><<<grid, kThreads, kBytes, stream>>>(scan);
