@@ -114,6 +114,17 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
   op.rates(channel, rate);
   const float bias = op.dt_bias[channel], D = op.D[channel];
 
+  // The first tile, like any other, finds its states where the warp before puts them.
+  if (warp == kWaveWarps - 1) {
+    const float* const from = piece.from >= 0 ? op.state_at(piece.from, channel) : nullptr;
+#pragma unroll
+    for (int f = 0; f < kWaveFours; ++f) {
+      float4 state = {0, 0, 0, 0};
+      if (from) state = {from[4 * f], from[4 * f + 1], from[4 * f + 2], from[4 * f + 3]};
+      shared.mail[warp][f][lane] = state;
+      announce_mail(warp * kWaveFours + f);
+    }
+  }
   int buffer = 0;
   for (int tile = warp; tile < tiles; tile += kWaveWarps, buffer ^= 1) {
     wait_for_all();
@@ -147,14 +158,8 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
           a[s][i] = power_of_two(delta[s] * rate[f * kWaveFew + i]);
           h[s][i] = u[s] * own.matrices.B[s][f * kWaveFew + i];
         }
-      float4 state = {0, 0, 0, 0};
-      if (tile > 0) {
-        wait_for_mail(before * kWaveFours + f);
-        state = shared.mail[before][f][lane];
-      } else if (piece.from >= 0) {
-        const float* const from = op.state_at(piece.from, channel) + f * kWaveFew;
-        state = {from[0], from[1], from[2], from[3]};
-      }
+      wait_for_mail(before * kWaveFours + f);
+      const float4 state = shared.mail[before][f][lane];
       if (op.checkpoints) {
         float* const to = checkpoint + static_cast<int64_t>(f * kWaveFew) * e;
         to[0] = state.x, to[e] = state.y, to[int64_t{2} * e] = state.z,
@@ -167,14 +172,8 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
         for (int i = 0; i < kWaveFew; ++i)
           h[s][i] = fmaf(a[s][i], s > 0 ? h[s - 1][i] : start[i], h[s][i]);
       const float* const last = h[kScanSteps - 1];
-      if (tile + 1 < tiles) {
-        shared.mail[warp][f][lane] = {last[0], last[1], last[2], last[3]};
-        announce_mail(warp * kWaveFours + f);
-      } else if (piece.to >= 0) {
-        float* const to = op.state_at(piece.to, channel) + f * kWaveFew;
-#pragma unroll
-        for (int i = 0; i < kWaveFew; ++i) to[i] = last[i];
-      }
+      shared.mail[warp][f][lane] = {last[0], last[1], last[2], last[3]};
+      if (tile + 1 < tiles) announce_mail(warp * kWaveFours + f);
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s)
 #pragma unroll
@@ -198,6 +197,13 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
     y_at += static_cast<int64_t>(kWaveWarps * kScanSteps) * y_hop;
     checkpoint += static_cast<int64_t>(kWaveWarps * kStates) * e;
     __syncwarp();  // all lanes are done with the matrices
+  }
+  if (piece.to < 0 || warp != (tiles - 1) % kWaveWarps) return;
+  float* const to = op.state_at(piece.to, channel);
+#pragma unroll
+  for (int f = 0; f < kWaveFours; ++f) {
+    const float4 state = shared.mail[warp][f][lane];
+    to[4 * f] = state.x, to[4 * f + 1] = state.y, to[4 * f + 2] = state.z, to[4 * f + 3] = state.w;
   }
 }
 
