@@ -1,7 +1,8 @@
 // coil bench ops | model: how fast the operations, or a whole model of random weights, run on this
 // machine. Each is repeated for a while; the best and the median are printed. An op's limit is the
-// longer of the times its bytes take at the speed of a copy and its arithmetic at that of a square
-// f32 product, both measured in the same run.
+// longest of the times that its bytes take at the speed of a copy, its arithmetic at that of a
+// square product, and on a GPU its powers of two at that of the special function units, all
+// measured in the same run.
 #include <algorithm>
 #include <chrono>
 #include <functional>
@@ -23,7 +24,7 @@ namespace po = boost::program_options;
 using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string what = "model";
+  std::string what = "model", only;
   Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{0};
   double seconds = 2;
   bool json = false, train = true;
@@ -44,7 +45,9 @@ po::options_description describe(BenchOptions& options) {
       ("chunk", option(options.chunk, "SIZE"),
        "steps of all sequences in one pass of prefill; 0: as classify does")  //
       ("seconds", option(options.seconds, "NUMBER"),
-       "time for each figure of a model; an op takes a tenth")                               //
+       "time for each figure of a model; an op takes a tenth")  //
+      ("only", po::value(&options.only)->value_name("NAME"),
+       "operations whose name contains this")                                                //
       ("no-training", po::bool_switch(), "leave training out, which needs the most memory")  //
       ("json", po::bool_switch(&options.json), "JSON instead of text");
   text.add(describe(options.common));
@@ -81,6 +84,7 @@ std::string device_text(const Backend& backend) {
 
 struct Limits {
   double bytes, flops;  // per second
+  double powers;        // of two, per second; 0: limits nothing
 };
 
 // `bytes`: of the copy, like those of the operations, so that both lie in the same cache or in
@@ -100,6 +104,7 @@ Limits measure_limits(Backend& backend, int64_t bytes, DType matrices, double se
   backend.fill(b, 1);
   limits.flops = 2. * side * side * side /
                  measure(backend, seconds, [&] { backend.run(Gemm{.a = a, .b = b, .c = c}); }).best;
+  limits.powers = backend.powers_per_second();
   return limits;
 }
 
@@ -120,34 +125,41 @@ void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
                       .v = options.vocab,
                       .pieces = sequences(options.batch, options.length),
                       .matrices = matrices};
-  const OpCases all(backend, shape);
+  const OpCases all(backend, shape, options.only);
   Json list = Json::array();
   if (!options.json)
     out.write(fmt::format(
-        "{} · copy {:.1f} GB/s · {} product {:.0f} GFLOP/s · {} x {} steps, d {}\n\n"
-        "{:<28}{:>10}{:>11}{:>8}{:>9}{:>9}\n",
+        "{} · copy {:.1f} GB/s · {} product {:.0f} GFLOP/s{} · {} x {} steps, d {}\n\n"
+        "{:<28}{:>10}{:>11}{:>8}{:>10}{:>9}{:>10}\n",
         device_text(backend), limits.bytes / 1e9, name_of(backend.activations(matrices)),
-        limits.flops / 1e9, options.batch.value, options.length.value, options.d.value, "operation",
-        "best ms", "median ms", "GB/s", "GFLOP/s", "of limit"));
+        limits.flops / 1e9,
+        limits.powers > 0 ? fmt::format(" · {:.0f} G powers/s", limits.powers / 1e9) : "",
+        options.batch.value, options.length.value, options.d.value, "operation", "best ms",
+        "median ms", "GB/s", "GFLOP/s", "Gpow/s", "of limit"));
   for (const OpCase& op : all.cases) {
+    if (op.name.find(options.only) == op.name.npos) continue;
     const Timing time = measure(backend, seconds, [&] { op.run(backend); });
-    const double limit = std::max(op.bytes / limits.bytes, op.flops / limits.flops) / time.best;
+    const double powers = limits.powers > 0 ? op.powers / limits.powers : 0;
+    const double limit =
+        std::max({op.bytes / limits.bytes, op.flops / limits.flops, powers}) / time.best;
     if (options.json)
       list.push_back({{"operation", op.name},
                       {"best_ms", time.best * 1e3},
                       {"median_ms", time.median * 1e3},
                       {"gb_per_s", op.bytes / time.best / 1e9},
                       {"gflop_per_s", op.flops / time.best / 1e9},
+                      {"powers_per_s", op.powers / time.best},
                       {"of_limit", limit}});
     else
-      out.write(fmt::format("{:<28}{:>10.4f}{:>11.4f}{:>8.1f}{:>9.1f}{:>8.0f}%\n", op.name,
+      out.write(fmt::format("{:<28}{:>10.4f}{:>11.4f}{:>8.1f}{:>10.1f}{:>9.1f}{:>9.0f}%\n", op.name,
                             time.best * 1e3, time.median * 1e3, op.bytes / time.best / 1e9,
-                            op.flops / time.best / 1e9, limit * 100));
+                            op.flops / time.best / 1e9, op.powers / time.best / 1e9, limit * 100));
   }
   if (options.json)
     out.write(Json({{"threads", backend.threads()},
                     {"copy_gb_per_s", limits.bytes / 1e9},
                     {"product_gflop_per_s", limits.flops / 1e9},
+                    {"powers_per_s", limits.powers},
                     {"operations", list}})
                   .dump(2) +
               "\n");

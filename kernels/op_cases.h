@@ -25,6 +25,7 @@ struct OpShape {
 struct OpCase {
   std::string name;
   double flops = 0, bytes = 0;  // of arithmetic; read and written, each operand once
+  double powers = 0;            // of two
   std::vector<View> inputs;     // on a CPU f32
   std::vector<View> outputs;    // written, or added to
   std::function<void(Backend&)> run;
@@ -32,12 +33,14 @@ struct OpCase {
 
 class OpCases {
  public:
-  OpCases(Backend& backend, const OpShape& shape);
+  // only: a part of the names of the operations that are wanted; others may be there, too.
+  OpCases(Backend& backend, const OpShape& shape, const std::string& only = "");
   std::vector<OpCase> cases;
 
  private:
   using Shape = std::initializer_list<int64_t>;
-  // Values from a fixed sequence, uniform within ±sqrt(3) * scale + offset.
+  // Values from a fixed sequence, uniform within ±sqrt(3) * scale + offset, repeated after kRandom.
+  static constexpr int64_t kRandom = 1'000'003;
   View values(Shape shape, float scale = 1, float offset = 0) {
     return filled(DType::f32, shape, scale, offset, false);
   }
@@ -48,7 +51,12 @@ class OpCases {
   View filled(DType dtype, Shape shape, float scale, float offset, bool rounded) {
     const View view = add(dtype, shape);
     std::vector<float> host(view.count());
-    for (float& value : host) {
+    for (int64_t i = 0; i < view.count(); ++i) {
+      float& value = host[i];
+      if (i >= kRandom) {
+        value = host[i - kRandom];
+        continue;
+      }
       random_ = random_ * 6364136223846793005ULL + 1442695040888963407ULL;
       const double uniform = static_cast<double>(random_ >> 11) / (uint64_t{1} << 53);
       value = static_cast<float>((uniform - 0.5) * std::sqrt(12.)) * scale + offset;
@@ -76,7 +84,7 @@ class OpCases {
   // Bytes are those of inputs and outputs, and of `more`.
   void add(const std::string& name, double flops, std::vector<View> inputs,
            std::vector<View> outputs, std::function<void(Backend&)> run, double more = 0) {
-    OpCase result{name, flops, more, std::move(inputs), std::move(outputs), std::move(run)};
+    OpCase result{name, flops, more, 0, std::move(inputs), std::move(outputs), std::move(run)};
     for (const auto* views : {&result.inputs, &result.outputs})
       for (const View& view : *views)
         result.bytes += static_cast<double>(view.count() * size_of(view.dtype));
@@ -99,16 +107,24 @@ class OpCases {
   std::vector<Tensor> tensors_;
 };
 
-inline OpCases::OpCases(Backend& backend, const OpShape& shape)
+inline OpCases::OpCases(Backend& backend, const OpShape& shape, const std::string& only)
     : backend_(backend),
       shape_(shape),
       act_(backend.activations(shape.matrices)),
       rows_(backend, shape.pieces),
       t_(rows_.total()) {
-  add_products();
-  add_decode();
-  add_dense();
-  add_sequence();
+  const auto wanted = [&](std::initializer_list<std::string> families) {
+    for (const std::string& family : families)
+      if (family.find(only) != family.npos || only.find(family) != only.npos) return true;
+    return false;
+  };
+  const bool products = wanted({"gemm"}), sequence = wanted({"conv1d", "selective_scan"});
+  if (products) {
+    add_products();
+    add_decode();
+  }
+  if (only.empty() || (!products && !sequence)) add_dense();
+  if (sequence) add_sequence();
 }
 
 inline void OpCases::add_gemm(const std::string& name, int64_t m, int64_t n, int64_t k, bool ta,
@@ -288,10 +304,13 @@ inline void OpCases::add_sequence() {
   keeping.checkpoints = checkpoints;
   // Of each channel, step and state: dt A, its power, (dt x) B, two for h, two for y.
   const double steps = static_cast<double>(t) * static_cast<double>(e * n);
+  // A decay for each of them; softplus and two of the gate for each channel's step.
+  const double powers = steps + 3. * static_cast<double>(t) * static_cast<double>(e);
   add("selective_scan", 7 * steps, {u, dt, A_log, B, C, D, dt_bias, z}, with({y}, h),
       [=](Backend& on) { on.run(scan); });
   add("selective_scan for training", 7 * steps, {u, dt, A_log, B, C, D, dt_bias, z},
       with({y, checkpoints}, h), [=](Backend& on) { on.run(keeping); });
+  for (size_t i = cases.size() - 2; i < cases.size(); ++i) cases[i].powers = powers;
   backend_.run(keeping);  // backward reads its checkpoints
   const View du = activations({t, e}), ddt = activations({t, e});
   const View dA_log = values({e, n}), dD = values({e}), ddt_bias = values({e});
@@ -318,6 +337,7 @@ inline void OpCases::add_sequence() {
   add("selective_scan backward", 20 * steps, {u, dt, A_log, B, C, D, dt_bias, dy, z, checkpoints},
       with({du, ddt, dB, dC, backward.dz, dA_log, dD, ddt_bias}, dh),
       [=](Backend& on) { on.run(backward); });
+  cases.back().powers = powers;
 }
 
 }  // namespace coil

@@ -220,6 +220,8 @@ class Backend {
   virtual void copy(View from, View to) = 0;  // same shape; casts, strides, and crosses devices
   virtual void fill(View x, double value) = 0;
   virtual void sync() = 0;
+  // Powers of two a second that the device makes, measured; 0 where they limit nothing.
+  virtual double powers_per_second() { return 0; }
 
   virtual void run(const Gemm&) = 0;
   virtual void run(const SumRows&) = 0;

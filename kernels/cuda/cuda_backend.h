@@ -28,6 +28,7 @@ class CudaBackend final : public Backend {
   void copy(View from, View to) override;
   void fill(View x, double value) override;
   void sync() override;
+  double powers_per_second() override;
 
   void run(const Gemm&) override;
   void run(const SumRows&) override;

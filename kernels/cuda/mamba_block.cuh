@@ -316,7 +316,7 @@ struct StepBlock {
       const float4 A = four(s.cut.A_log, c * n), B = four(s.cut.BC, row * 2 * n);
       const float4 C = four(s.cut.BC, row * 2 * n + n), before = four(s.cut.ssm_state, place * n);
       const auto step = [&](float h, float a, float b) {
-        return fmaf(power_of_two(-expf(a) * kLog2e * delta), h, delta * x * b);
+        return fmaf(fast_exp2(-expf(a) * kLog2OfE * delta), h, delta * x * b);
       };
       const float4 h{step(before.x, A.x, B.x), step(before.y, A.y, B.y), step(before.z, A.z, B.z),
                      step(before.w, A.w, B.w)};

@@ -9,7 +9,7 @@
 // lanes read the same word of B and C at once.
 #pragma once
 
-#include "kernels/cuda/device.cuh"
+#include "kernels/cuda/fast_math.cuh"
 
 namespace coil::cuda {
 
@@ -18,37 +18,18 @@ constexpr int kThreads = 128;
 constexpr int kScanSteps = 8;  // loaded and computed at once; also the steps between checkpoints
 constexpr int kUnrolled = 4;   // steps; eight are no faster, and more instructions to fetch
 static_assert(kScanSteps == scan_block({Device::Kind::cuda, 0}));
-constexpr float kLog2e = 1.44269504088896341f;
-
-__device__ inline float power_of_two(float x) {
-  float y;
-#ifdef __CUDA_ARCH__
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-#else
-  y = exp2f(x);
-#endif
-  return y;
-}
-
-__device__ inline float reciprocal(float x) {
-  float y;
-#ifdef __CUDA_ARCH__
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-#else
-  y = 1 / x;
-#endif
-  return y;
-}
 
 // 1 / (1 + e^-x); NaN stays.
-__device__ inline float sigmoid_of(float x) { return reciprocal(1.f + power_of_two(-kLog2e * x)); }
+__device__ inline float sigmoid_of(float x) {
+  return fast_reciprocal(1.f + fast_exp2(-kLog2OfE * x));
+}
 
 // log(1 + e^x) = max(x, 0) + log1p(e^-|x|), the logarithm as u times a minimax polynomial of
 // relative error 2e-7, accurate also where the result is small: a delta of 1e-4 is ordinary. One
 // power of two where a logarithm would be a second one.
 __device__ inline float softplus_of(float x, float* slope = nullptr) {
-  const float u = power_of_two(-kLog2e * fabsf(x));
-  if (slope) *slope = reciprocal(1.f + u) * (x < 0 ? u : 1.f);
+  const float u = fast_exp2(-kLog2OfE * fabsf(x));
+  if (slope) *slope = fast_reciprocal(1.f + u) * (x < 0 ? u : 1.f);
   float p = fmaf(-0.008539198897778988f, u, 0.04408959671854973f);
   p = fmaf(p, u, -0.10768166184425354f);
   p = fmaf(p, u, 0.17745238542556763f);
@@ -83,7 +64,7 @@ struct ScanOperands {
     return (tile * kStates + i) * e + channel;
   }
   // rate = A log2(e), so that a decay is one power of two; 0 for states past n, which then stay 0.
-  __device__ static float rate(float A_log) { return power_of_two(kLog2e * A_log) * -kLog2e; }
+  __device__ static float rate(float A_log) { return fast_exp2(kLog2OfE * A_log) * -kLog2OfE; }
   __device__ float rate(int64_t channel, int i) const {
     if (i >= states()) return 0;
     return rate(A_log[channel * A_stride + group * kStates + i]);

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
       for (int s = 0; s < kScanSteps; ++s)
 #pragma unroll
         for (int i = 0; i < kWaveFew; ++i) {
-          a[s][i] = power_of_two(delta[s] * rate[f * kWaveFew + i]);
+          a[s][i] = fast_exp2(delta[s] * rate[f * kWaveFew + i]);
           h[s][i] = u[s] * own.matrices.B[s][f * kWaveFew + i];
         }
       wait_for_mail(before * kWaveFours + f);

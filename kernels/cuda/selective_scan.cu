@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
       float even = kLocal || kRare ? 0 : D[w] * (w ? x.y : x.x), odd = 0;
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
-        h[w][i] = fmaf(power_of_two(delta * rate[w][i]), h[w][i], u * b[i]);
+        h[w][i] = fmaf(fast_exp2(delta * rate[w][i]), h[w][i], u * b[i]);
         if (!kLocal) (i % 2 ? odd : even) = fmaf(h[w][i], c[i], i % 2 ? odd : even);
       }
       y[w] = even + odd;
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kThreads) carry_kernel(const Scan<T> op) {
     for (int k = 0; k < kAhead; ++k) {
       if (tile + k >= end) break;
       op.carry[op.in_tile(tile + k, i, channel)] = h;
-      h = fmaf(power_of_two(rate * sum[k]), h, local[k]);
+      h = fmaf(fast_exp2(rate * sum[k]), h, local[k]);
       total += sum[k];
     }
   }

@@ -25,8 +25,8 @@ using namespace cuda;  // of this file only
 
 constexpr int kFew = 4;  // states whose steps are in registers at once
 constexpr int kWarps = kThreads / 32;
-constexpr int kLocalSlots = 3, kWalkSlots = 2;  // of the rings
-constexpr int kLocalBlocks = 4, kWalkBlocks = 2;     // of a multiprocessor at once, by registers
+constexpr int kLocalSlots = 3, kWalkSlots = 2;    // of the rings
+constexpr int kLocalBlocks = 4, kWalkBlocks = 2;  // of a multiprocessor at once, by registers
 
 // Sums of dB | dC over quads of lanes: a row for each quad of a block, in it the steps, in them
 // 2 kStates values. The gaps keep what is stored and read at once in different banks.
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
       sum[w] += delta;
 #pragma unroll
       for (int i = 0; i < kStates; ++i)
-        carried[w][i] = power_of_two(delta * rate[w][i]) * fmaf(dypre, c[i], carried[w][i]);
+        carried[w][i] = fast_exp2(delta * rate[w][i]) * fmaf(dypre, c[i], carried[w][i]);
     }
   };
   int slot = 0;
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads) carry_back_kernel(const ScanBack<T> 
     for (int k = 0; k < kAhead; ++k) {
       if (tile - 1 - k < first) break;
       op.carry[op.in_tile(tile - 1 - k, i, channel)] = carried;
-      carried = fmaf(power_of_two(rate * sum[k]), carried, local[k]);
+      carried = fmaf(fast_exp2(rate * sum[k]), carried, local[k]);
     }
   }
   if (op.dinitial) op.dinitial[op.in_tile(p, i, channel)] = carried;
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       for (int s = 0; s < kScanSteps; ++s) {
 #pragma unroll
         for (int i = 0; i < kFew; ++i) {
-          const float decay = power_of_two(delta[s] * rate[i]);
+          const float decay = fast_exp2(delta[s] * rate[i]);
           const float state = s > 0 ? h[(s - 1) * kFew + i] : before[i];
           a[s * kFew + i] = decay;
           h[s * kFew + i] = fmaf(decay, state, u[s] * matrix.B[s][few + i]);
@@ -395,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
       // dx holds sum g B.
-      ddelta[s] = fmaf(ddelta[s], 1 / kLog2e, x[s] * dx[s]);
+      ddelta[s] = fmaf(ddelta[s], 1 / kLog2OfE, x[s] * dx[s]);
       dx[s] *= delta[s];
       if (kRare && op.between) {
         float* const between = op.between + (row + direction * s) * op.e + channel;
@@ -517,7 +517,7 @@ __global__ void __launch_bounds__(kSlices * 32)
   if (of_state) {
     if (i < op.states())
       dA_log[channel * dA_stride + op.group * kStates + i] +=
-          total * (op.rate(channel, i) / kLog2e);
+          total * (op.rate(channel, i) / kLog2OfE);
   } else {
     (i == kStates ? dD : dbias)[channel] += total;
   }
