@@ -79,6 +79,7 @@ class OpCases {
   }
   View add(DType dtype, Shape shape) {
     tensors_.emplace_back(backend_, dtype, shape);
+    backend_.fill(tensors_.back(), 0);
     return tensors_.back();
   }
   // Bytes are those of inputs and outputs, and of `more`.
