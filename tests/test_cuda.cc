@@ -179,6 +179,23 @@ TEST_P(Cuda, SameBitsAThousandTimes) {
   }
 }
 
+// The states of a scan in one pass go from warp to warp; every repeat is looked at.
+TEST_P(Cuda, OnePassGivesTheSameBitsAThousandTimes) {
+  OpShape shape{.d = 256, .e = 512, .n = 16, .pieces = together()};
+  shape.matrices = GetParam();
+  const OpCases all(*gpu, shape, "selective_scan");
+  for (const OpCase& op : all.cases) {
+    if (op.name != "selective_scan") continue;
+    op.run(*gpu);
+    const auto first = values_of<float>(*gpu, op.outputs[0]);
+    for (int repeat = 0; repeat < 1000; ++repeat) {
+      op.run(*gpu);
+      const auto again = values_of<float>(*gpu, op.outputs[0]);
+      ASSERT_EQ(std::memcmp(first.data(), again.data(), first.size() * sizeof(float)), 0) << repeat;
+    }
+  }
+}
+
 TEST_P(Cuda, HostMemoryIsRefusedNotRead) {
   OpShape shape{.d = 32, .e = 64, .r = 2, .pieces = whole_pieces({10})};
   const OpCases on_cpu(*cpu, shape);
