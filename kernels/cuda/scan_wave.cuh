@@ -6,7 +6,9 @@
 // one for each warp and four states, keep neighbours in step. No second pass, no other
 // synchronisation.
 //
-// Limit: issue slots, 136 instructions and 19 powers and divisions a channel's step, 193 slots.
+// Limit: issue slots (see selective_scan.cu), 143 instructions and 19 powers and divisions a
+// channel's step, 219. H100: 0.200 ms for 8 sequences of 2,048 steps of 1,536 channels, 266 slots,
+// 82 % of it.
 #pragma once
 
 #include "kernels/cuda/scan.cuh"

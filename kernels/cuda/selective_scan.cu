@@ -10,9 +10,10 @@
 // and the walk from the states carried in. The first and the last do the same arithmetic, so a cut
 // changes rounding only. Pieces of a few steps are walked whole.
 //
-// Limit (measured on an H200 with prototypes of this design): issue slots, not memory. A power of
-// two takes 4 of them, so a channel's step costs max(8 M, I + 4 M), M = 19 powers and divisions and
-// I about 100 other instructions; 8 bytes of memory traffic are a quarter of that.
+// Limit: issue slots, not memory, of which 8 bytes a channel's step are a quarter. A power of two
+// takes 4 slots, so a step costs max(8 M, I + 4 M): 187 in the walk (M = 19 powers and divisions, I
+// = 111 other instructions), 143 in the local pass. H100: 2.07 ms for 131,072 steps of 1,536
+// channels, 345 slots, 96 % of it.
 #include "kernels/cuda/scan_wave.cuh"
 
 namespace coil {
