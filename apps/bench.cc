@@ -210,14 +210,16 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     if (computed != DType::f32) rounded = converted(backend, trained, computed);
     Optimizer optimizer(backend, trained, {});
     const Rows rows = Rows::equal(backend, batch, length);
-    figures.push_back({computed == DType::f32 ? "training, f32" : "training, bf16",
-                       static_cast<double>(batch * length), measure(backend, options.seconds, [&] {
-                         batch_loss(backend, rounded ? *rounded : trained,
-                                    ids_view(ids, batch * length), rows,
-                                    ids_view(targets, batch * length), {}, &grad);
-                         optimizer.step(backend, trained, grad, 1e-3);
-                         if (rounded) copy_values(backend, trained, *rounded);
-                       })});
+    const Tensor numbers(backend, DType::f64, {2});  // loss, sum of squares of the gradient
+    figures.push_back(
+        {computed == DType::f32 ? "training, f32" : "training, bf16",
+         static_cast<double>(batch * length), measure(backend, options.seconds, [&] {
+           backend.fill(numbers, 0);
+           add_loss(backend, rounded ? *rounded : trained, ids_view(ids, batch * length), rows,
+                    ids_view(targets, batch * length), {}, numbers.view().slice(0, 1), &grad);
+           optimizer.step(backend, trained, grad, 1e-3, numbers.view().slice(1, 1),
+                          rounded ? &*rounded : nullptr);
+         })});
   }
   model = converted(backend, model, matrices);
   State state(backend, config, static_cast<int32_t>(batch));

@@ -95,6 +95,7 @@ class OpCases {
                 float beta);
   bool on_cpu() const { return backend_.device().kind == Device::Kind::cpu; }
   void add_dense();
+  void add_optimizer();
   void add_products();
   void add_decode();
   void add_sequence();
@@ -229,18 +230,46 @@ inline void OpCases::add_dense() {
     on.run(Pool{.x = x, .y = pooled, .state = sums, .rows = rows, .pooling = Pooling::mean});
   });
   const View logits = values({t, v}, 3), dlogits = activations({t, v}), loss = values({t});
-  const View targets = ids(t, v);
-  add("cross_entropy", 5. * t * v, {logits}, {loss, dlogits}, [=](Backend& on) {
-    on.run(CrossEntropy{.logits = logits, .targets = targets, .loss = loss, .dlogits = dlogits});
-  });
-  const View p = values({2 * e, d}), g = values({2 * e, d}), first = values({2 * e, d});
-  const View second = values({2 * e, d}, 0.1f, 1), total = add(DType::f64, {1});
+  const View targets = ids(t, v), total = add(DType::f64, {1});
   backend_.fill(total, 0);
-  add("sum_squares", 4. * e * d, {g}, {total},
-      [=](Backend& on) { on.run(SumSquares{.x = g, .out = total}); });
-  add("adamw", 30. * e * d, {g}, {p, first, second}, [=](Backend& on) {
-    on.run(AdamW{.w = p, .g = g, .m = first, .v = second, .lr = 1e-4f, .decay = 0.1f});
+  add("cross_entropy", 5. * t * v, {logits}, {loss, dlogits, total}, [=](Backend& on) {
+    on.run(CrossEntropy{
+        .logits = logits, .targets = targets, .loss = loss, .dlogits = dlogits, .total = total});
   });
+  add_optimizer();
+}
+
+// All tensors of a layer at once. The odd size comes after the others.
+inline void OpCases::add_optimizer() {
+  const auto [d, e, n, r, w, v, pieces, matrices] = shape_;
+  std::vector<View> gradients, outputs;
+  std::vector<AdamW::Item> items;
+  double count = 0;
+  for (const auto& [rows, cols] :
+       {std::pair{2 * e, d}, {d, e}, {e, n}, {e, w}, {int64_t{1}, e}, {int64_t{1}, d + 1}}) {
+    const AdamW::Item item{.w = values({rows, cols}),
+                           .g = values({rows, cols}),
+                           .m = values({rows, cols}, 0.1f),
+                           .v = values({rows, cols}, 0.1f, 1),
+                           .copy = add(rows == e ? DType::f32 : DType::bf16, {rows, cols}),
+                           .decay = rows == e ? 0 : 0.1f};
+    count += static_cast<double>(rows * cols);
+    gradients.push_back(item.g);
+    items.push_back(item);
+    outputs.insert(outputs.end(), {item.w, item.g, item.m, item.v, item.copy});
+    backend_.fill(item.copy, 0);
+  }
+  const View squares = add(DType::f64, {1});
+  backend_.fill(squares, count);
+  add("sum_squares", 2. * count, gradients, {squares},
+      [=](Backend& on) { on.run(SumSquares{.x = gradients, .out = squares}); });
+  // What is read once more than the lists say: w, m and v.
+  add(
+      "adamw", 15. * count, gradients, outputs,
+      [=](Backend& on) {
+        on.run(AdamW{.items = items, .squares = squares, .clip = 1, .lr = 1e-3f, .step = 3});
+      },
+      12. * count);
 }
 
 inline void OpCases::add_sequence() {

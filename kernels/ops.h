@@ -181,28 +181,41 @@ struct PoolBackward {  // of whole sequences (position 0, last): dx (t,d) from d
 
 // loss[i] = -weight * log softmax(logits[i])[targets[i]] in nats. targets (m) i32; -1: not counted,
 // loss 0. With `dlogits`, also dlogits = scale * weight * (softmax - onehot), 0 for rows not
-// counted; may be logits.
+// counted; may be logits. With `total`, also total(1) f64 += sum of loss, in f64 and a fixed order.
 struct CrossEntropy {
   View logits;         // (m,v) f32
   View targets;        // (m) i32
   View loss;           // (m) f32
   View dlogits;        // optional (m,v)
   View class_weights;  // optional (v)
+  View total;          // optional (1) f64
   float scale = 1;
 };
 
-// out(1) f64 += sum of x^2; x f32, any contiguous shape. Summed in f64 in a fixed order.
+// out(1) f64 += sum of x^2 over all x; each f32, any contiguous shape. Summed in f64 in a fixed
+// order.
 struct SumSquares {
-  View x, out;
+  std::span<const View> x;
+  View out;
 };
 
-// AdamW (Loshchilov and Hutter 2019), torch's arithmetic, step counted from 1. All contiguous f32,
-// one shape.
-//   g *= grad_scale; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr*(decay*w + m^ / (sqrt(v^)
-//   + eps))
+// AdamW (Loshchilov and Hutter 2019) over all tensors of a model, torch's arithmetic, step counted
+// from 1.
+//   g *= scale; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr*(decay*w + m^ / (sqrt(v^) +
+//   eps)); copy = w; g = 0
+// scale, of all gradients by their norm, as torch's clip_grad_norm_: min(1, clip / (sqrt(squares) +
+// 1e-6)), 1 where clip is 0. Where squares is not finite nothing is written: it is looked at where
+// it lies, so that a host need not wait for it.
 struct AdamW {
-  View w, g, m, v;
-  float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, decay = 0, grad_scale = 1;
+  struct Item {
+    View w, g, m, v;  // f32, contiguous, one shape
+    View copy;        // optional, f32 or bf16: w once more, for forward and backward
+    float decay = 0;
+  };
+  std::span<const Item> items;
+  View squares;  // optional (1) f64, from SumSquares over all g; required with clip
+  double clip = 0;
+  float lr, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f;
   int64_t step = 1;
 };
 
@@ -222,6 +235,13 @@ class Backend {
   virtual void sync() = 0;
   // Powers of two a second that the device makes, measured; 0 where they limit nothing.
   virtual double powers_per_second() { return 0; }
+  // copy() takes the bytes of host memory before it returns, and waits for the device only where it
+  // fills host memory that did not come from here.
+  virtual void* alloc_host(int64_t bytes);
+  virtual void free_host(void* data);  // once no copy to it is under way
+  // A moment behind all that was asked for so far, and waiting until it has come.
+  virtual int64_t mark() { return 0; }
+  virtual void wait(int64_t /* mark */) { sync(); }
 
   virtual void run(const Gemm&) = 0;
   virtual void run(const SumRows&) = 0;

@@ -2,6 +2,7 @@
 #include "kernels/tensor.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 #include <utility>
 
@@ -151,6 +152,35 @@ View on_host(Backend& backend, const View& view, std::vector<std::byte>& kept) {
   backend.copy(view, host);
   backend.sync();
   return host;
+}
+
+void* Backend::alloc_host(int64_t bytes) {
+  void* const data = std::malloc(std::max<int64_t>(bytes, 1));
+  check(data != nullptr, "out of memory: {} bytes asked for", bytes);
+  return data;
+}
+
+void Backend::free_host(void* data) { std::free(data); }
+
+Fetch::Fetch(Backend& backend, const View& from)
+    : backend_(&backend),
+      host_(contiguous_view(nullptr, from.dtype, {}, {from.size, static_cast<size_t>(from.rank)})) {
+  host_.data = backend.alloc_host(host_.count() * size_of(host_.dtype));
+  backend.copy(from, host_);
+  mark_ = backend.mark();
+}
+
+const View& Fetch::wait() {
+  backend_->wait(mark_);
+  return host_;
+}
+
+Fetch::~Fetch() {
+  try {
+    wait();
+  } catch (const Error&) {  // of the device: whoever needs the numbers is told
+  }
+  backend_->free_host(host_.data);
 }
 
 Rows::Rows(Backend& backend, std::vector<Piece> pieces)

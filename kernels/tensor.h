@@ -98,6 +98,22 @@ View brought(Backend& backend, const View& view, Tensor& kept);
 // `view` in host memory, the same way; waits for the backend.
 View on_host(Backend& backend, const View& view, std::vector<std::byte>& kept);
 
+// A few numbers on their way to the host: the copy is asked for when this is made and waited for by
+// wait(), while the device may be busy with what was asked for later.
+class Fetch {
+ public:
+  Fetch(Backend& backend, const View& from);  // from: contiguous
+  Fetch(const Fetch&) = delete;
+  Fetch& operator=(const Fetch&) = delete;
+  ~Fetch();
+  const View& wait();  // in host memory, as long as this lives
+
+ private:
+  Backend* backend_;
+  View host_;
+  int64_t mark_;
+};
+
 // One piece of a sequence in a ragged batch.
 struct Piece {
   int64_t begin = 0;     // its first row in the batch
@@ -106,6 +122,7 @@ struct Piece {
   int32_t from = -1;     // state slot read; -1: start from zero
   int32_t to = -1;       // state slot written; -1: discard. from != to forks
   bool last = true;      // the sequence ends with this piece
+  bool operator==(const Piece&) const = default;
 };
 
 // The pieces of one ragged batch, on the host and, for a device, mirrored there. Pieces cover the

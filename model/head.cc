@@ -129,19 +129,31 @@ Tensor class_logits(Backend& backend, const Model& model, View hidden, const Row
 }
 
 BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
-                     View class_weights, Model* grad, Tensor* logits_out, double scale) {
+                     View class_weights, Model* grad, Tensor* logits, double scale) {
+  const Tensor total(backend, DType::f64, {1});
+  backend.fill(total, 0);
+  BatchLoss result;
+  result.weight =
+      add_loss(backend, model, ids, rows, targets, class_weights, total, grad, logits, scale);
+  std::vector<std::byte> kept;
+  result.sum = *on_host(backend, total, kept).as<double>();
+  return result;
+}
+
+double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                View class_weights, View total, Model* grad, Tensor* logits_out, double scale) {
   const bool lm = model.config.objective == Objective::lm;
   COIL_ASSERT(targets.device.kind ==
               Device::Kind::cpu);  // the mean needs the number of counted targets first
-  BatchLoss result;
+  double weight = 0;
   for (int64_t i = 0; i < targets.rows(); ++i) {
     const int32_t target = *targets.row<int32_t>(i);
     if (target < 0) continue;
     const bool weighted =
         class_weights && target < class_weights.rows();  // a target too high: the op refuses it
-    result.weight += weighted ? *class_weights.row<float>(target) : 1.0;
+    weight += weighted ? *class_weights.row<float>(target) : 1.0;
   }
-  if (!(result.weight > 0)) grad = nullptr;
+  if (!(weight > 0)) grad = nullptr;
 
   Saved saved;
   const DType act = activations(backend, model.backbone);
@@ -163,13 +175,12 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
                            .loss = loss,
                            .dlogits = !grad ? View{} : (in_place ? logits : dlogits).view(),
                            .class_weights = brought(backend, class_weights, kept_weights),
-                           .scale = grad ? static_cast<float>(scale / result.weight) : 1.0f});
-  std::vector<std::byte> kept_loss;
-  const View losses = on_host(backend, loss, kept_loss);
-  for (int64_t i = 0; i < losses.rows(); ++i) result.sum += *losses.row<float>(i);
+                           .total = total,
+                           .scale = grad ? static_cast<float>(scale / weight) : 1.0f});
+  loss = Tensor();
   if (grad && in_place) dlogits = std::move(logits);
   if (logits_out) *logits_out = std::move(logits);
-  if (!grad) return result;
+  if (!grad) return weight;
 
   logits = Tensor();
   Tensor dh(backend, act, {rows.total(), model.config.d});
@@ -188,7 +199,7 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
   Tensor dx =
       model.backbone.backward(backend, model.config, saved, rows, dh, nullptr, grad->backbone);
   backend.run(EmbedBackward{.ids = ids, .dy = dx, .dtable = grad->embedding});
-  return result;
+  return weight;
 }
 
 }  // namespace coil

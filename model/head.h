@@ -48,9 +48,14 @@ Tensor class_logits(Backend& backend, const Model& model, View hidden, const Row
                     State* state, Tensor* pooled = nullptr);  // (m, classes) f32
 
 // One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
-// per sequence (classify), in host memory, as class_weights. Adds gradients of `scale` times the
-// mean loss (sum / weight) to grad; grad null: loss only. logits, if given, receives the (m,
-// classes or t, v) logits.
+// per sequence (classify), in host memory, as class_weights. Adds the sum of losses, in nats, to
+// total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss (sum / weight)
+// to grad; grad null: loss only. logits, if given, receives the (m, classes or t, v) logits.
+// Returns the weight: counted targets (sum of class weights). Waits for nothing.
+double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                View class_weights, View total, Model* grad, Tensor* logits = nullptr,
+                double scale = 1);
+// The same, waited for.
 struct BatchLoss {
   double sum = 0;     // nats
   double weight = 0;  // counted targets (sum of class weights)

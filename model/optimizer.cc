@@ -3,7 +3,6 @@
 // in f64.
 #include "model/optimizer.h"
 
-#include <algorithm>
 #include <cmath>
 
 #include "kernels/error.h"
@@ -13,36 +12,43 @@ namespace coil {
 Optimizer::Optimizer(Backend& backend, const Model& model, const OptimizerOptions& options)
     : m(zeros_like(backend, model)), v(zeros_like(backend, model)), options_(options) {}
 
-double Optimizer::step(Backend& backend, Model& model, Model& grad, double lr) {
+void Optimizer::step(Backend& backend, Model& model, Model& grad, double lr, View squares,
+                     Model* copy) {
   const std::vector<Param> weights = declare(model), grads = declare(grad), ms = declare(m),
                            vs = declare(v);
+  const std::vector<Param> copies = copy ? declare(*copy) : std::vector<Param>();
   COIL_ASSERT(weights.size() == grads.size() && weights.size() == ms.size());
-
-  Tensor total(backend, DType::f64, {1});
-  backend.fill(total, 0);
-  for (const Param& param : grads) backend.run(SumSquares{.x = *param.tensor, .out = total});
-  std::vector<std::byte> kept;
-  const double norm = std::sqrt(*on_host(backend, total, kept).as<double>());
-  if (!std::isfinite(norm)) return norm;
-
-  double factor = 1;
-  if (options_.clip > 0) factor = std::min(1.0, options_.clip / (norm + 1e-6));
-  ++steps;
+  std::vector<View> gradients;
+  std::vector<AdamW::Item> items;
   for (size_t i = 0; i < weights.size(); ++i) {
-    backend.run(
-        AdamW{.w = *weights[i].tensor,
-              .g = *grads[i].tensor,
-              .m = *ms[i].tensor,
-              .v = *vs[i].tensor,
-              .lr = static_cast<float>(lr),
-              .beta1 = static_cast<float>(options_.beta1),
-              .beta2 = static_cast<float>(options_.beta2),
-              .eps = static_cast<float>(options_.eps),
-              .decay = weights[i].info.decay ? static_cast<float>(options_.weight_decay) : 0.0f,
-              .grad_scale = static_cast<float>(factor),
-              .step = steps});
-    backend.fill(*grads[i].tensor, 0);
+    gradients.push_back(*grads[i].tensor);
+    items.push_back(
+        {.w = *weights[i].tensor,
+         .g = *grads[i].tensor,
+         .m = *ms[i].tensor,
+         .v = *vs[i].tensor,
+         .copy = copy ? copies[i].tensor->view() : View{},
+         .decay = weights[i].info.decay ? static_cast<float>(options_.weight_decay) : 0.0f});
   }
+  backend.fill(squares, 0);
+  backend.run(SumSquares{.x = gradients, .out = squares});
+  ++steps;
+  backend.run(AdamW{.items = items,
+                    .squares = squares,
+                    .clip = options_.clip,
+                    .lr = static_cast<float>(lr),
+                    .beta1 = static_cast<float>(options_.beta1),
+                    .beta2 = static_cast<float>(options_.beta2),
+                    .eps = static_cast<float>(options_.eps),
+                    .step = steps});
+}
+
+double Optimizer::step(Backend& backend, Model& model, Model& grad, double lr) {
+  const Tensor squares(backend, DType::f64, {1});
+  step(backend, model, grad, lr, squares, nullptr);
+  std::vector<std::byte> kept;
+  const double norm = std::sqrt(*on_host(backend, squares, kept).as<double>());
+  if (!std::isfinite(norm)) --steps;
   return norm;
 }
 

@@ -166,11 +166,17 @@ Batches::Batches(const Examples& all, std::vector<Example> train, const BatchOpt
 }
 
 Batch Batches::draw(int64_t step) {
-  return options_.max_length == 0 ? draw_records(step) : draw_windows(step);
+  Batch batch;
+  if (options_.max_length == 0)
+    draw_records(step, batch);
+  else
+    draw_windows(step, batch);
+  batch.epoch = epoch;
+  batch.next = next;
+  return batch;
 }
 
-Batch Batches::draw_records(int64_t step) {
-  Batch batch;
+void Batches::draw_records(int64_t step, Batch& batch) {
   Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
   while (true) {
     if (next == static_cast<int64_t>(train_.size())) {
@@ -185,14 +191,13 @@ Batch Batches::draw_records(int64_t step) {
       order_epoch_ = epoch;
     }
     const Example& item = train_[order_[next]];
-    if (static_cast<int64_t>(batch.ids.size()) + item.length > options_.batch_tokens) return batch;
+    if (static_cast<int64_t>(batch.ids.size()) + item.length > options_.batch_tokens) return;
     add(batch, item, augment);
     ++next;
   }
 }
 
-Batch Batches::draw_windows(int64_t step) {
-  Batch batch;
+void Batches::draw_windows(int64_t step, Batch& batch) const {
   Philox random(options_.seed, kDrawStream, static_cast<uint64_t>(step));
   Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
   while (true) {
@@ -213,11 +218,11 @@ Batch Batches::draw_windows(int64_t step) {
     }
     const int64_t left = options_.batch_tokens - static_cast<int64_t>(batch.ids.size());
     if (window.length > left) {  // cut to fit, or the batch is full
-      if (left < options_.min_length) return batch;
+      if (left < options_.min_length) return;
       window.length = left;
     }
     add(batch, window, augment);
-    if (static_cast<int64_t>(batch.ids.size()) == options_.batch_tokens) return batch;
+    if (static_cast<int64_t>(batch.ids.size()) == options_.batch_tokens) return;
   }
 }
 

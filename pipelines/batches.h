@@ -34,6 +34,7 @@ struct Batch {
   std::vector<int32_t> ids;      // (t)
   std::vector<int32_t> targets;  // lm: (t), the next id, -1 not counted; classify: (m)
   std::vector<Piece> pieces;
+  int64_t epoch = 0, next = 0;  // the cursor after it
   void add(std::span<const uint8_t> codes, int32_t label, Objective objective);
 };
 
@@ -54,8 +55,8 @@ class Batches {
   int64_t epoch = 0, next = 0;  // the cursor: of whole records
 
  private:
-  Batch draw_records(int64_t step);
-  Batch draw_windows(int64_t step);
+  void draw_records(int64_t step, Batch& batch);
+  void draw_windows(int64_t step, Batch& batch) const;
   void add(Batch& batch, const Example& item, class Philox& random) const;
 
   struct Pool {  // a class's stretches

@@ -1,14 +1,19 @@
-// The loop. A step: draw a batch, loss and gradients, AdamW at the step's learning rate. An
+// The loop. A step: draw a batch, loss and gradients, AdamW at the step's learning rate. A device
+// is never waited for but by a step's numbers (loss, gradient norm), which are read when the next
+// step has been asked for; until then the device itself holds back a step that is not finite. An
 // evaluation: validation, a line, the model kept if it is the best so far; then a checkpoint. Order
 // matters for --resume: the best model is written before the checkpoint that knows of it, so that a
 // kill between the two only repeats its writing.
 
 #include "pipelines/train.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <filesystem>
+#include <future>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -88,6 +93,7 @@ void check_ranges(const TrainOptions& o) {
 struct Progress {
   double best_metric = 0, best_loss = 0;
   int64_t best_step = -1, stale = 0, tokens = 0, last_evaluation = 0;
+  int64_t epoch = 0, next = 0;           // where the next batch is drawn
   double loss_sum = 0, loss_weight = 0;  // since the last evaluation
   double seconds = 0;                    // of training, over all sittings
   bool finished = false;
@@ -130,11 +136,13 @@ class Trainer {
   void resolve();
   void restore();
   int loop();
+  Batch next_batch();
   void train_step();
+  void settle(size_t left);
   double weight_of(std::span<const int32_t> targets) const;
   void evaluate_now();
   void save();
-  [[noreturn]] void exploded(const std::string& what) const;
+  [[noreturn]] void exploded(int64_t step, const std::string& what) const;
   CardFacts facts(const RunPoint& point) const;
 
   Backend& backend_;
@@ -143,10 +151,18 @@ class Trainer {
   Examples all_, validation_;
   Partition parts_;  // held_out refers to validation_ where --validation is given, else to all_
   std::unique_ptr<Batches> batches_;
+  std::future<Batch> ahead_;  // of the next step
   std::vector<float> class_weights_;
   Model model_, grad_;            // f32
   std::optional<Model> rounded_;  // with bf16 matrices
   std::unique_ptr<Optimizer> optimizer_;
+  std::optional<Rows> rows_;  // of the last part: where the next one's are the same, sent once
+  struct Report {
+    int64_t step;
+    double weight;                   // of its targets
+    std::unique_ptr<Fetch> numbers;  // (2) f64: sum of losses, sum of squares of the gradient
+  };
+  std::deque<Report> reports_;  // of steps whose numbers were not read yet
   std::unique_ptr<RunLog> log_;
   Progress progress_;
   std::string data_hash_;
@@ -339,18 +355,20 @@ void Trainer::restore() {
         options_.out, cursor.at("data").get<std::string>(), data_hash_);
   load_checkpoint(backend_, options_.out, model_, *optimizer_);
   step_ = first_step_ = kept.step;
-  batches_->epoch = cursor.at("epoch");
-  batches_->next = cursor.at("next");
   progress_ = {.best_metric = cursor.at("best_metric"),
                .best_loss = cursor.at("best_loss"),
                .best_step = cursor.at("best_step"),
                .stale = cursor.at("stale"),
                .tokens = cursor.at("tokens"),
                .last_evaluation = cursor.at("last_evaluation"),
+               .epoch = cursor.at("epoch"),
+               .next = cursor.at("next"),
                .loss_sum = cursor.at("loss_sum"),
                .loss_weight = cursor.at("loss_weight"),
                .seconds = cursor.at("seconds"),
                .finished = cursor.at("finished")};
+  batches_->epoch = progress_.epoch;
+  batches_->next = progress_.next;
   seconds_before_ = progress_.seconds;
   log_ = std::make_unique<RunLog>(options_.log, step_);
   say(fmt::format("resumed at step {} of {}", step_, options_.steps));
@@ -407,17 +425,33 @@ double Trainer::weight_of(std::span<const int32_t> targets) const {
   return total;
 }
 
+// Beside a device the batch after it is drawn meanwhile.
+Batch Trainer::next_batch() {
+  const bool cpu = backend_.device().kind == Device::Kind::cpu;
+  const auto draw = [&](int64_t step) {
+    ahead_ = std::async(cpu ? std::launch::deferred : std::launch::async,
+                        [this, step] { return batches_->draw(step); });
+  };
+  if (!ahead_.valid()) draw(step_ + 1);
+  Batch batch = ahead_.get();
+  if (step_ + 1 < options_.steps) draw(step_ + 2);
+  return batch;
+}
+
 // Several parts of at most so many rows, whose gradients add up to the batch's: memory is that of
 // a part, and a part's activations stay nearer to the core.
 void Trainer::train_step() {
-  Batch batch = batches_->draw(step_ + 1);
+  Batch batch = next_batch();
   const View weights = class_weights_.empty()
                            ? View{}
                            : host_view(class_weights_.data(), DType::f32,
                                        {static_cast<int64_t>(class_weights_.size())});
   const double total = weight_of(batch.targets);
   const int64_t most = backend_.device().kind == Device::Kind::cpu ? kPartRows : kDevicePartRows;
-  BatchLoss loss;
+  const Tensor numbers(backend_, DType::f64, {2});
+  backend_.fill(numbers, 0);
+  const View loss = numbers.view().slice(0, 1), squares = numbers.view().slice(1, 1);
+  double counted = 0;
   for (size_t begin = 0, end = 0; begin < batch.pieces.size(); begin = end) {
     const int64_t first = batch.pieces[begin].begin;
     int64_t t = 0;
@@ -430,39 +464,53 @@ void Trainer::train_step() {
     }
     const int64_t target = lm() ? first : static_cast<int64_t>(begin);
     const int64_t targets = lm() ? t : static_cast<int64_t>(end - begin);
-    const Rows rows(backend_, std::move(pieces));
-    const BatchLoss part = batch_loss(
-        backend_, computing(), host_view(batch.ids.data() + first, DType::i32, {t}), rows,
-        host_view(batch.targets.data() + target, DType::i32, {targets}), weights, &grad_, nullptr,
-        weight_of(std::span(batch.targets).subspan(target, targets)) / total);
-    loss.sum += part.sum;
-    loss.weight += part.weight;
+    if (!rows_ || !std::ranges::equal(rows_->pieces(), pieces))
+      rows_.emplace(backend_, std::move(pieces));
+    counted += add_loss(backend_, computing(), host_view(batch.ids.data() + first, DType::i32, {t}),
+                        *rows_, host_view(batch.targets.data() + target, DType::i32, {targets}),
+                        weights, loss, &grad_, nullptr,
+                        weight_of(std::span(batch.targets).subspan(target, targets)) / total);
   }
   ++step_;
-  const double mean = loss.weight > 0 ? loss.sum / loss.weight : 0;
-  const double guess =
-      std::log(static_cast<double>(lm() ? dna::kVocab : std::max<int64_t>(2, all_.labels.size())));
-  if (!std::isfinite(mean) || mean > kExploded * guess)
-    exploded(fmt::format("the loss is {:g}", mean));
-  const double norm = optimizer_->step(backend_, model_, grad_, learning_rate(options_, step_));
-  if (!std::isfinite(norm)) exploded(fmt::format("the gradient's norm is {:g}", norm));
-  if (rounded_) copy_values(backend_, model_, *rounded_);
-  progress_.loss_sum += loss.sum;
-  progress_.loss_weight += loss.weight;
+  optimizer_->step(backend_, model_, grad_, learning_rate(options_, step_), squares,
+                   rounded_ ? &*rounded_ : nullptr);
+  reports_.push_back({step_, counted, std::make_unique<Fetch>(backend_, numbers)});
+  progress_.epoch = batch.epoch;
+  progress_.next = batch.next;
   progress_.tokens += static_cast<int64_t>(batch.ids.size());
   rate_tokens_ += static_cast<int64_t>(batch.ids.size());
+  settle(1);
 }
 
-void Trainer::exploded(const std::string& what) const {
+// Reads the numbers of all steps but the last `left`.
+void Trainer::settle(size_t left) {
+  for (; reports_.size() > left; reports_.pop_front()) {
+    Report& report = reports_.front();
+    const double* const numbers = report.numbers->wait().as<double>();
+    const double sum = numbers[0], norm = std::sqrt(numbers[1]);
+    const double mean = report.weight > 0 ? sum / report.weight : 0;
+    const double guess = std::log(
+        static_cast<double>(lm() ? dna::kVocab : std::max<int64_t>(2, all_.labels.size())));
+    if (!std::isfinite(mean) || mean > kExploded * guess)
+      exploded(report.step, fmt::format("the loss is {:g}", mean));
+    if (!std::isfinite(norm))
+      exploded(report.step, fmt::format("the gradient's norm is {:g}", norm));
+    progress_.loss_sum += sum;
+    progress_.loss_weight += report.weight;
+  }
+}
+
+void Trainer::exploded(int64_t step, const std::string& what) const {
   const int64_t kept = peek_checkpoint(options_.out).step;
   throw Error(
       fmt::format(
           "step {}: {}: training stopped; the checkpoint of step {} in '{}' is the last good one",
-          step_, what, kept, options_.out),
+          step, what, kept, options_.out),
       fmt::format("start again with a learning rate below {:g} (--lr)", options_.lr));
 }
 
 void Trainer::evaluate_now() {
+  settle(0);
   RunPoint point{
       .step = step_,
       .steps = options_.steps,
@@ -479,7 +527,7 @@ void Trainer::evaluate_now() {
   double metric = static_cast<double>(step_), loss = 0;
   if (m.count > 0) {
     loss = m.loss;
-    if (!std::isfinite(loss)) exploded(fmt::format("the validation loss is {:g}", loss));
+    if (!std::isfinite(loss)) exploded(step_, fmt::format("the validation loss is {:g}", loss));
     metric = options_.metric == "mcc"        ? m.mcc
              : options_.metric == "accuracy" ? m.accuracy
              : options_.metric == "auroc"    ? m.auroc
@@ -523,10 +571,11 @@ CardFacts Trainer::facts(const RunPoint& point) const {
 }
 
 void Trainer::save() {
+  settle(0);
   progress_.seconds = seconds_before_ + (step_ > 0 ? seconds_since(started_) : 0);
   const json cursor = {{"data", data_hash_},
-                       {"epoch", batches_->epoch},
-                       {"next", batches_->next},
+                       {"epoch", progress_.epoch},
+                       {"next", progress_.next},
                        {"best_metric", progress_.best_metric},
                        {"best_loss", progress_.best_loss},
                        {"best_step", progress_.best_step},

@@ -1,6 +1,7 @@
 // The dense ops of a backend but products against the scalar oracle: embedding, norm, pooling,
 // cross-entropy, AdamW.
 #include <cmath>
+#include <deque>
 #include <limits>
 
 #include "kernels/ops.h"
@@ -347,8 +348,9 @@ TEST_P(DenseOps, SumSquaresIsTheSameForAnyThreads) {
   for (const int count : {1, 100, 200'001}) {
     Field x(1, count, random, false);
     double out = 2, alone = 2, want = 2;
-    backend->run(SumSquares{.x = x.row(), .out = host_view(&out, DType::f64, {1})});
-    make_cpu_backend(1)->run(SumSquares{.x = x.row(), .out = host_view(&alone, DType::f64, {1})});
+    backend->run(SumSquares{.x = {{x.row()}}, .out = host_view(&out, DType::f64, {1})});
+    make_cpu_backend(1)->run(
+        SumSquares{.x = {{x.row()}}, .out = host_view(&alone, DType::f64, {1})});
     for (int i = 0; i < count; ++i) want += static_cast<double>(x.at(0, i)) * x.at(0, i);
     EXPECT_NEAR(out, want, 1e-12 * want);
     EXPECT_EQ(out, alone);
@@ -356,46 +358,94 @@ TEST_P(DenseOps, SumSquaresIsTheSameForAnyThreads) {
   Field x(1, 5, random, false);
   x.at(0, 4) = kNan;
   double out = 0;
-  backend->run(SumSquares{.x = x.row(), .out = host_view(&out, DType::f64, {1})});
+  backend->run(SumSquares{.x = {{x.row()}}, .out = host_view(&out, DType::f64, {1})});
   EXPECT_TRUE(std::isnan(out));
 }
 
 TEST_P(DenseOps, TenStepsOfAdamW) {
-  const int count = 70'003;
-  Field w(1, count, random, false), m(1, count, false), v(1, count, false);
-  backend->fill(m, 0);
-  backend->fill(v, 0);
-  std::vector<reference::AdamWElement> want(count);
-  for (int i = 0; i < count; ++i) want[i].w = w.at(0, i);
+  // Tensors of several lengths, one in many blocks; the second is not decayed.
+  struct Tensors {
+    Field w, m, v, copy;
+    std::vector<reference::AdamWElement> want;
+  };
+  std::deque<Tensors> all;
+  for (const int count : {70'003, 1, 100}) {
+    Tensors& t = all.emplace_back(Field(1, count, random, false), Field(1, count, false),
+                                  Field(1, count, false), Field(1, count, false));
+    backend->fill(t.m, 0);
+    backend->fill(t.v, 0);
+    for (int i = 0; i < count; ++i) t.want.push_back({.w = t.w.at(0, i)});
+  }
   for (int step = 1; step <= 10; ++step) {
-    Field g(1, count, random, false);
-    const float lr = 1e-2f / static_cast<float>(step), scale = 0.5f;
-    backend->run(AdamW{.w = w.row(),
-                       .g = g.row(),
-                       .m = m.row(),
-                       .v = v.row(),
+    std::deque<Field> gradients;
+    std::vector<View> views;
+    std::vector<AdamW::Item> items;
+    for (Tensors& t : all) {
+      views.push_back(gradients.emplace_back(1, t.want.size(), random, false).row());
+      items.push_back({.w = t.w.row(),
+                       .g = views.back(),
+                       .m = t.m.row(),
+                       .v = t.v.row(),
+                       .copy = t.copy.row(),
+                       .decay = t.want.size() == 1 ? 0 : 0.1f});
+    }
+    const std::deque<Field> before = gradients;
+    double squares = 0;
+    backend->run(SumSquares{.x = views, .out = host_view(&squares, DType::f64, {1})});
+    const bool clipped = step % 2 == 0;
+    const double scale = clipped ? 20 / (std::sqrt(squares) + 1e-6) : 1;
+    ASSERT_TRUE(!clipped || scale < 1);
+    const float lr = 1e-2f / static_cast<float>(step);
+    backend->run(AdamW{.items = items,
+                       .squares = host_view(&squares, DType::f64, {1}),
+                       .clip = clipped ? 20. : 0.,
                        .lr = lr,
                        .beta1 = 0.9f,
                        .beta2 = 0.95f,
                        .eps = 1e-8f,
-                       .decay = 0.1f,
-                       .grad_scale = scale,
                        .step = step});
-    for (int i = 0; i < count; ++i)
-      want[i].step(static_cast<double>(g.at(0, i)) * scale, lr, 0.9f, 0.95f, 1e-8f, 0.1f, step);
+    for (size_t k = 0; k < all.size(); ++k)
+      for (size_t i = 0; i < all[k].want.size(); ++i) {
+        all[k].want[i].step(before[k].at(0, i) * scale, lr, 0.9f, 0.95f, 1e-8f, items[k].decay,
+                            step);
+        ASSERT_EQ(gradients[k].at(0, i), 0);
+      }
   }
-  for (int i = 0; i < count; ++i) {
-    ASSERT_NEAR(w.at(0, i), want[i].w, 2e-6);
-    ASSERT_NEAR(m.at(0, i), want[i].m, 1e-6);
-    ASSERT_NEAR(v.at(0, i), want[i].v, 1e-6);
+  for (Tensors& t : all) {
+    for (size_t i = 0; i < t.want.size(); ++i) {
+      ASSERT_NEAR(t.w.at(0, i), t.want[i].w, 2e-6);
+      ASSERT_NEAR(t.m.at(0, i), t.want[i].m, 1e-6);
+      ASSERT_NEAR(t.v.at(0, i), t.want[i].v, 1e-6);
+      ASSERT_EQ(t.copy.at(0, i), t.w.at(0, i));
+    }
+    t.w.expect_intact("w");
+    t.copy.expect_intact("copy");
   }
-  w.expect_intact("w");
-  Field other(1, 3, random, false);
-  EXPECT_EQ(
-      message_of([&] {
-        backend->run(AdamW{.w = w.row(), .g = other.row(), .m = m.row(), .v = v.row(), .lr = 1});
-      }),
-      "adamw: g is (3) f32, expected (70003) f32, contiguous");
+}
+
+TEST_P(DenseOps, AdamWWritesNothingWhereTheNormIsNotFinite) {
+  Field w(1, 9, random, false), g(1, 9, random, false), m(1, 9, random, false),
+      v(1, 9, random, false);
+  const auto bits = [&] { return std::vector{w.bits(), g.bits(), m.bits(), v.bits()}; };
+  const auto before = bits();
+  const AdamW::Item item{.w = w.row(), .g = g.row(), .m = m.row(), .v = v.row()};
+  for (double squares : {static_cast<double>(kNan), std::numeric_limits<double>::infinity()})
+    for (const double clip : {0., 1.})
+      backend->run(AdamW{.items = {&item, 1},
+                         .squares = host_view(&squares, DType::f64, {1}),
+                         .clip = clip,
+                         .lr = 1});
+  EXPECT_EQ(bits(), before);
+}
+
+TEST_P(DenseOps, AdamWRefusesWhatDoesNotFit) {
+  Field w(1, 9, random, false), other(1, 3, random, false);
+  AdamW::Item item{.w = w.row(), .g = other.row(), .m = w.row(), .v = w.row()};
+  const auto message = [&](double clip) {
+    return message_of([&] { backend->run(AdamW{.items = {&item, 1}, .clip = clip, .lr = 1}); });
+  };
+  EXPECT_EQ(message(0), "adamw: g is (3) f32, expected 9 of f32, contiguous");
+  EXPECT_EQ(message(1), "adamw: squares is missing, expected it beside clip");
 }
 
 }  // namespace

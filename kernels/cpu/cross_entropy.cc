@@ -100,6 +100,7 @@ void CpuBackend::run(const CrossEntropy& op) {
   expect("cross_entropy", "loss", op.loss, DType::f32, {m});
   expect_if("cross_entropy", "dlogits", op.dlogits, DType::f32, {m, v});
   expect_if("cross_entropy", "class_weights", op.class_weights, DType::f32, {v});
+  expect_if("cross_entropy", "total", op.total, DType::f64, {1});
   const int32_t* targets = op.targets.as<int32_t>();
   for (int64_t i = 0; i < m; ++i)
     check(targets[i] >= -1 && targets[i] < v,
@@ -110,6 +111,10 @@ void CpuBackend::run(const CrossEntropy& op) {
     const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
     rows(op, m * thread / count, m * (thread + 1) / count);
   }
+  if (!op.total) return;
+  double sum = 0;
+  for (int64_t i = 0; i < m; ++i) sum += op.loss.as<float>()[i];
+  *op.total.as<double>() += sum;
 }
 
 }  // namespace coil

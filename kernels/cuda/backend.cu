@@ -1,5 +1,5 @@
 // Memory of the CUDA backend: blocks by size class, strided casting copies within the device and
-// across, fill.
+// across, fill; host memory that the card reads and writes by itself.
 //
 // Blocks are kept after free(): a cudaMalloc waits for the device, and a captured graph needs its
 // addresses again. Size classes are eighths of a power of two. Where the card is full, kept blocks
@@ -17,6 +17,7 @@ using cuda::bf16;
 using cuda::check_call;
 
 constexpr int64_t kAlignment = 256;
+constexpr int64_t kHalf = 4 << 20;  // bytes of staging: some steps of training
 constexpr int kThreads = 256;
 
 int64_t size_class(int64_t bytes) {
@@ -188,8 +189,8 @@ void CudaBackend::copy(View from, View to) {
   const int64_t count = from.count();
   if (count == 0) return;
   const bool plain = from.dtype == to.dtype && from.contiguous() && to.contiguous();
-  if (plain) {
-    // From pageable memory this returns once the bytes are taken, to it once they are there.
+  if (plain && from_host) return upload(from.data, to.data, count * size_of(to.dtype));
+  if (plain) {  // to pageable memory this returns once the bytes are there
     check_call(
         cudaMemcpyAsync(to.data, from.data, count * size_of(to.dtype), cudaMemcpyDefault, stream_),
         "copy");
@@ -239,5 +240,70 @@ void CudaBackend::fill(View x, double value) {
 }
 
 void CudaBackend::sync() { check_call(cudaStreamSynchronize(stream_), "cuda"); }
+
+// cudaMemcpyAsync from pageable memory may wait for all that the stream has to do; from staging it
+// does not.
+void CudaBackend::upload(const void* from, void* to, int64_t bytes) {
+  if (!staging_.data) {
+    check_call(cudaHostAlloc(&staging_.data, 2 * kHalf, cudaHostAllocDefault), "host memory");
+    for (cudaEvent_t& event : staging_.read)
+      check_call(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cuda");
+  }
+  for (int64_t done = 0; done < bytes;) {
+    if (staging_.filled == kHalf) {
+      check_call(cudaEventRecord(staging_.read[staging_.half], stream_), "copy");
+      staging_.half ^= 1;
+      staging_.filled = 0;
+      check_call(cudaEventSynchronize(staging_.read[staging_.half]), "copy");
+    }
+    const int64_t part = std::min(bytes - done, kHalf - staging_.filled);
+    char* const place = staging_.data + staging_.half * kHalf + staging_.filled;
+    std::memcpy(place, static_cast<const char*>(from) + done, part);
+    check_call(cudaMemcpyAsync(static_cast<char*>(to) + done, place, part, cudaMemcpyHostToDevice,
+                               stream_),
+               "copy");
+    done += part;
+    staging_.filled = std::min(kHalf, cuda::div_up(staging_.filled + part, 64) * 64);
+  }
+}
+
+void* CudaBackend::alloc_host(int64_t bytes) {
+  const int64_t size = size_class(bytes);
+  void* data = nullptr;
+  if (const auto kept = host_kept_.find(size); kept != host_kept_.end() && !kept->second.empty()) {
+    data = kept->second.back();
+    kept->second.pop_back();
+    return data;
+  }
+  check_call(cudaHostAlloc(&data, size, cudaHostAllocDefault), "host memory");
+  host_blocks_[data] = size;
+  return data;
+}
+
+void CudaBackend::free_host(void* data) {
+  if (data) host_kept_[host_blocks_.at(data)].push_back(data);
+}
+
+int64_t CudaBackend::mark() {
+  cudaEvent_t& event = marks_[++marked_ % kMarks];
+  if (!event) check_call(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cuda");
+  check_call(cudaEventRecord(event, stream_), "cuda");
+  return marked_;
+}
+
+// Where a later mark has taken its place, that one is waited for.
+void CudaBackend::wait(int64_t mark) {
+  check_call(cudaEventSynchronize(marks_[mark % kMarks]), "cuda");
+}
+
+void CudaBackend::release_memory() {
+  for (const auto& [data, size] : blocks_) cudaFree(data);
+  for (const auto& [data, size] : host_blocks_) cudaFreeHost(data);
+  if (staging_.data) cudaFreeHost(staging_.data);
+  for (cudaEvent_t event : staging_.read)
+    if (event) cudaEventDestroy(event);
+  for (cudaEvent_t event : marks_)
+    if (event) cudaEventDestroy(event);
+}
 
 }  // namespace coil

@@ -246,6 +246,23 @@ void run_long_rows(const Operands<T, G>& op, const CudaBackend& backend) {
       <<<static_cast<unsigned>(grid), threads, bytes, backend.stream()>>>(op, held);
 }
 
+constexpr int kAddThreads = 1024;
+
+// total(1) += sum of loss(m), one block: each thread its share of the rows in turn, then in halves.
+__global__ void __launch_bounds__(kAddThreads)
+    add_losses_kernel(const float* loss, int64_t m, double* total) {
+  __shared__ double sums[kAddThreads];
+  double sum = 0;
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < m; i += kAddThreads) sum += __ldg(loss + i);
+  sums[threadIdx.x] = sum;
+  for (int step = kAddThreads / 2; step > 0; step /= 2) {
+    __syncthreads();
+    if (threadIdx.x < step) sums[threadIdx.x] += sums[threadIdx.x + step];
+  }
+  if (threadIdx.x == 0) *total += sums[0];
+}
+
 }  // namespace
 
 void CudaBackend::run(const CrossEntropy& op) {
@@ -257,13 +274,15 @@ void CudaBackend::run(const CrossEntropy& op) {
   expect(name, "loss", op.loss, DType::f32, {m});
   expect_if(name, "dlogits", op.dlogits, activation(op.dlogits), {m, v});
   expect_if(name, "class_weights", op.class_weights, DType::f32, {v});
+  expect_if(name, "total", op.total, DType::f64, {1});
   check(op.dlogits.data != op.logits.data || op.dlogits.dtype == op.logits.dtype,
         "{}: dlogits is logits, of another type", name);
   for (const auto& [operand, view] : {std::pair{"logits", op.logits},
                                       {"targets", op.targets},
                                       {"loss", op.loss},
                                       {"dlogits", op.dlogits},
-                                      {"class_weights", op.class_weights}})
+                                      {"class_weights", op.class_weights},
+                                      {"total", op.total}})
     check(!view || view.device == device(), "{}: {} is not in memory of cuda:{}", name, operand,
           index_);
   check(v < int64_t{1} << 30, "{}: {} logits a row, expected less than 2^30", name, v);
@@ -297,6 +316,9 @@ void CudaBackend::run(const CrossEntropy& op) {
       }
     });
   });
+  check_launch(name);
+  if (!op.total) return;
+  add_losses_kernel<<<1, kAddThreads, 0, stream_>>>(op.loss.as<float>(), m, op.total.as<double>());
   check_launch(name);
 }
 

@@ -1,7 +1,7 @@
 // The CUDA backend: cuBLASLt for matrix products, our own kernels for everything else, one file per
-// op with the basename of its CPU twin. One stream; nothing in here waits for the device but copy()
-// to the host and sync(). Matrices and activations are f32 or bf16, both of one type in an op; see
-// ops.h for what stays f32.
+// op with the basename of its CPU twin. One stream; nothing in here waits for the device but
+// sync(), wait() and copy() to host memory that is not of alloc_host(). Matrices and activations
+// are f32 or bf16, both of one type in an op; see ops.h for what stays f32.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,6 +29,10 @@ class CudaBackend final : public Backend {
   void fill(View x, double value) override;
   void sync() override;
   double powers_per_second() override;
+  void* alloc_host(int64_t bytes) override;
+  void free_host(void* data) override;
+  int64_t mark() override;
+  void wait(int64_t mark) override;
 
   void run(const Gemm&) override;
   void run(const SumRows&) override;
@@ -53,6 +57,8 @@ class CudaBackend final : public Backend {
  private:
   struct Products;  // cuBLASLt: gemm.cu
   void release_kept();
+  void release_memory();
+  void upload(const void* from, void* to, int64_t bytes);
   int index_, processors_ = 0;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<Products, void (*)(Products*)> products_;
@@ -60,6 +66,20 @@ class CudaBackend final : public Backend {
   std::map<int64_t, std::vector<void*>> kept_;  // by size class
   int64_t in_use_ = 0;
   unsigned* step_barriers_ = nullptr;  // of mamba_step.cu: zero between launches
+
+  // Host memory that the card reads by itself: bytes on their way there, one half filled while the
+  // other is read.
+  struct Staging {
+    char* data = nullptr;
+    int half = 0;
+    int64_t filled = 0;        // bytes of this half
+    cudaEvent_t read[2] = {};  // all that was sent from a half has arrived
+  } staging_;
+  std::unordered_map<void*, int64_t> host_blocks_;  // of alloc_host, as above
+  std::map<int64_t, std::vector<void*>> host_kept_;
+  static constexpr int kMarks = 16;
+  cudaEvent_t marks_[kMarks] = {};  // the last ones, in turn
+  int64_t marked_ = 0;
 };
 
 }  // namespace coil

@@ -207,7 +207,7 @@ CudaBackend::CudaBackend(int index)
 
 CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_);
-  for (const auto& [data, size] : blocks_) cudaFree(data);
+  release_memory();
   cudaStreamDestroy(stream_);
 }
 

@@ -1,21 +1,49 @@
 // Sum of squares in f64 and AdamW (Loshchilov and Hutter 2019), in torch's order of operations:
 //   w *= 1 - lr * decay;  m += (g - m) * (1 - b1);  v = v * b2 + (1 - b2) * g * g
 //   w -= lr / (1 - b1^step) * m / (sqrt(v) / sqrt(1 - b2^step) + eps)
-// Bytes: 4 an element for the sum; 28 for AdamW, which reads w, g, m and v and writes w, m and v.
-// Memory is the limit.
+// All tensors of a model in one launch: they are cut into chunks of kChunk elements, a block each,
+// and a block finds its tensor in a table that is sent with the launch (64 bytes a tensor).
+// Bytes: 4 an element for the sum; 34 for AdamW, which reads w, g, m and v and writes them and a
+// copy in bf16. Memory is the limit.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "kernels/cuda/device.cuh"
+// after device.cuh
+#include "kernels/adamw.h"
 
 namespace coil {
 namespace {
 
+using cuda::bf16;
 using cuda::div_up;
 using cuda::expect_here;
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlocks = 1024;  // of the sum; fixed, so that it is the same on any card
+constexpr int64_t kChunk = 8192;  // elements; fixed, so that the sum is the same on any card
+
+struct Entry {  // a tensor; of the sum's only g is used
+  float *w, *g, *m, *v;
+  void* copy;
+  int64_t count, first;  // elements; its first chunk
+  float shrink;
+  bool half;  // copy is bf16
+  bool wide;  // words of four elements
+};
+
+// The tensor of this block's chunk: the last entry with first <= block.
+__device__ const Entry& entry_of_block(const Entry* entries, int count) {
+  int low = 0, high = count - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (entries[middle].first <= blockIdx.x)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return entries[low];
+}
 
 // The block's sum, in thread 0, in a fixed order.
 __device__ double sum_of_block(double value) {
@@ -30,125 +58,164 @@ __device__ double sum_of_block(double value) {
 
 __device__ double square(float x) { return static_cast<double>(x) * x; }
 
-// partial(blocks). Blocks and threads take the words of x in turn; `wide`: words of 16 bytes.
+// partial(blocks)
 __global__ void __launch_bounds__(kThreads)
-    sum_squares_kernel(const float* x, int64_t count, bool wide, double* partial) {
-  const int64_t thread = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t threads = gridDim.x * static_cast<int64_t>(kThreads);
-  const int64_t words = wide ? count / 4 : 0;
+    sum_squares_kernel(const Entry* entries, int count, double* partial) {
+  const Entry entry = entry_of_block(entries, count);
+  const int64_t begin = (blockIdx.x - entry.first) * kChunk;
+  const int length = static_cast<int>(min(kChunk, entry.count - begin));
+  const float* const x = entry.g + begin;
+  const int words = entry.wide ? length / 4 : 0;
   double sum = 0;
 #pragma unroll 4
-  for (int64_t i = thread; i < words; i += threads) {
+  for (int i = threadIdx.x; i < words; i += kThreads) {
     const float4 word = __ldg(reinterpret_cast<const float4*>(x) + i);
     sum += (square(word.x) + square(word.y)) + (square(word.z) + square(word.w));
   }
-  for (int64_t i = 4 * words + thread; i < count; i += threads) sum += square(x[i]);
+  for (int i = 4 * words + threadIdx.x; i < length; i += kThreads) sum += square(x[i]);
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
 __global__ void __launch_bounds__(kThreads)
-    add_squares_kernel(const double* partial, int count, double* out) {
+    add_squares_kernel(const double* partial, int64_t count, double* out) {
   double sum = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
+#pragma unroll 4
+  for (int64_t i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
   sum = sum_of_block(sum);
   if (threadIdx.x == 0) *out += sum;
 }
 
-struct AdamWFactors {
-  float shrink, keep2, add1, add2, step, root2, eps, grad_scale;
-};
-
 // No product is merged into a following sum but where the CPU merges it, so that both devices go
 // the same way.
-__device__ void update(const AdamWFactors& f, float g, float& w, float& m, float& v) {
-  g = __fmul_rn(g, f.grad_scale);
-  m = fmaf(__fsub_rn(g, m), f.add1, m);
-  v = fmaf(__fmul_rn(g, f.add2), g, __fmul_rn(v, f.keep2));
+__device__ void update(const AdamWFactors& f, float shrink, float scale, float& g, float& w,
+                       float& m, float& v) {
+  const float gradient = __fmul_rn(g, scale);
+  m = fmaf(__fsub_rn(gradient, m), f.add1, m);
+  v = fmaf(__fmul_rn(gradient, f.add2), gradient, __fmul_rn(v, f.keep2));
   const float root = sqrtf(v) / f.root2;
   const float change = __fmul_rn(m, f.step) / __fadd_rn(root, f.eps);
-  w = __fsub_rn(__fmul_rn(w, f.shrink), change);
+  w = __fsub_rn(__fmul_rn(w, shrink), change);
+  g = 0;
+}
+
+// What all gradients are multiplied by; NaN: the norm is not finite.
+__device__ float clip_scale(const double* squares, double clip) {
+  if (!squares) return 1;
+  const double norm = sqrt(*squares);
+  if (!isfinite(norm)) return NAN;
+  return clip > 0 ? static_cast<float>(fmin(1.0, clip / (norm + 1e-6))) : 1.f;
 }
 
 __global__ void __launch_bounds__(kThreads)
-    adamw_kernel(const AdamWFactors f, float* w, const float* g, float* m, float* v, int64_t count,
-                 bool wide) {
-  const int64_t thread = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  if (!wide) {
-    if (thread < count) update(f, g[thread], w[thread], m[thread], v[thread]);
-    return;
+    adamw_kernel(const Entry* entries, int count, const AdamWFactors f, const double* squares,
+                 double clip) {
+  __shared__ float shared_scale;
+  if (threadIdx.x == 0) shared_scale = clip_scale(squares, clip);
+  const Entry entry = entry_of_block(entries, count);
+  __syncthreads();
+  const float scale = shared_scale;
+  if (isnan(scale)) return;
+  const int64_t begin = (blockIdx.x - entry.first) * kChunk;
+  const int length = static_cast<int>(min(kChunk, entry.count - begin));
+  float* const w = entry.w + begin;
+  float* const g = entry.g + begin;
+  float* const m = entry.m + begin;
+  float* const v = entry.v + begin;
+  bf16* const half = entry.half ? static_cast<bf16*>(entry.copy) + begin : nullptr;
+  float* const full = entry.copy && !entry.half ? static_cast<float*>(entry.copy) + begin : nullptr;
+  const int wide = entry.wide ? length / 4 * 4 : 0;
+#pragma unroll 2
+  for (int i = 4 * threadIdx.x; i < wide; i += 4 * kThreads) {
+    float4 gradient = *reinterpret_cast<const float4*>(g + i);
+    float4 weight = *reinterpret_cast<const float4*>(w + i);
+    float4 mean = *reinterpret_cast<const float4*>(m + i);
+    float4 spread = *reinterpret_cast<const float4*>(v + i);
+    update(f, entry.shrink, scale, gradient.x, weight.x, mean.x, spread.x);
+    update(f, entry.shrink, scale, gradient.y, weight.y, mean.y, spread.y);
+    update(f, entry.shrink, scale, gradient.z, weight.z, mean.z, spread.z);
+    update(f, entry.shrink, scale, gradient.w, weight.w, mean.w, spread.w);
+    *reinterpret_cast<float4*>(w + i) = weight;
+    *reinterpret_cast<float4*>(g + i) = gradient;
+    *reinterpret_cast<float4*>(m + i) = mean;
+    *reinterpret_cast<float4*>(v + i) = spread;
+    if (full) *reinterpret_cast<float4*>(full + i) = weight;
+    if (half) {
+      *reinterpret_cast<__nv_bfloat162*>(half + i) = __floats2bfloat162_rn(weight.x, weight.y);
+      *reinterpret_cast<__nv_bfloat162*>(half + i + 2) = __floats2bfloat162_rn(weight.z, weight.w);
+    }
   }
-  const int64_t first = 4 * thread;
-  if (first + 4 <= count) {
-    const float4 gradient = *reinterpret_cast<const float4*>(g + first);
-    float4 weight = *reinterpret_cast<const float4*>(w + first);
-    float4 mean = *reinterpret_cast<const float4*>(m + first);
-    float4 spread = *reinterpret_cast<const float4*>(v + first);
-    update(f, gradient.x, weight.x, mean.x, spread.x);
-    update(f, gradient.y, weight.y, mean.y, spread.y);
-    update(f, gradient.z, weight.z, mean.z, spread.z);
-    update(f, gradient.w, weight.w, mean.w, spread.w);
-    *reinterpret_cast<float4*>(w + first) = weight;
-    *reinterpret_cast<float4*>(m + first) = mean;
-    *reinterpret_cast<float4*>(v + first) = spread;
-  } else {
-    for (int64_t i = first; i < count; ++i) update(f, g[i], w[i], m[i], v[i]);
+  for (int i = wide + threadIdx.x; i < length; i += kThreads) {
+    update(f, entry.shrink, scale, g[i], w[i], m[i], v[i]);
+    if (full) full[i] = w[i];
+    if (half) half[i] = __float2bfloat16_rn(w[i]);
   }
 }
 
 bool aligned(const View& view) { return reinterpret_cast<uintptr_t>(view.data) % 16 == 0; }
 
+// Adds a tensor to the table and its chunks to those so far.
+void add(std::vector<Entry>& entries, int64_t& chunks, Entry entry) {
+  if (entry.count == 0) return;
+  entry.first = chunks;
+  chunks += div_up(entry.count, kChunk);
+  entries.push_back(entry);
+}
+
+Tensor send(CudaBackend& backend, std::vector<Entry>& entries) {
+  const auto bytes = static_cast<int64_t>(entries.size() * sizeof(Entry));
+  Tensor table(backend, DType::u8, {bytes});
+  backend.copy(host_view(entries.data(), DType::u8, {bytes}), table);
+  return table;
+}
+
 }  // namespace
 
 void CudaBackend::run(const SumSquares& op) {
-  check(op.x && op.x.dtype == DType::f32 && op.x.contiguous(),
-        "sum_squares: x is {}, expected contiguous f32", op.x.shape());
-  expect("sum_squares", "out", op.out, DType::f64, {1});
-  expect_here("sum_squares", "x", op.x, device());
+  check_operands(op);
   expect_here("sum_squares", "out", op.out, device());
-  const int64_t count = op.x.count();
-  if (count == 0) return;
-  const int64_t blocks = std::min(kBlocks, div_up(count, kThreads));
-  const Tensor partial(*this, DType::f64, {blocks});
-  sum_squares_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(
-      op.x.as<float>(), count, aligned(op.x), partial.as<double>());
+  std::vector<Entry> entries;
+  int64_t chunks = 0;
+  for (const View& x : op.x) {
+    expect_here("sum_squares", "x", x, device());
+    add(entries, chunks, {.g = x.as<float>(), .count = x.count(), .wide = aligned(x)});
+  }
+  if (chunks == 0) return;
+  const Tensor table = send(*this, entries), partial(*this, DType::f64, {chunks});
+  sum_squares_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream_>>>(
+      table.as<Entry>(), static_cast<int>(entries.size()), partial.as<double>());
   cuda::check_launch("sum_squares");
-  add_squares_kernel<<<1, kThreads, 0, stream_>>>(partial.as<double>(), static_cast<int>(blocks),
+  add_squares_kernel<<<1, kThreads, 0, stream_>>>(partial.as<double>(), chunks,
                                                   op.out.as<double>());
   cuda::check_launch("sum_squares");
 }
 
 void CudaBackend::run(const AdamW& op) {
-  check(op.w && op.w.dtype == DType::f32 && op.w.contiguous(),
-        "adamw: w is {}, expected contiguous f32", op.w.shape());
-  expect_here("adamw", "w", op.w, device());
-  const auto same = [&](const char* name, const View& view) {
-    check(view && view.dtype == DType::f32 && view.contiguous() && view.count() == op.w.count(),
-          "adamw: {} is {}, expected {}, contiguous", name, view.shape(), op.w.shape());
-    expect_here("adamw", name, view, device());
-  };
-  same("g", op.g);
-  same("m", op.m);
-  same("v", op.v);
-  check(op.step >= 1, "adamw: step {}, expected 1 or more", op.step);
-  const auto decayed = [&](float beta) {
-    return 1 - std::pow(static_cast<double>(beta), static_cast<double>(op.step));
-  };
-  const AdamWFactors factors{
-      .shrink = static_cast<float>(1 - static_cast<double>(op.lr) * op.decay),
-      .keep2 = op.beta2,
-      .add1 = static_cast<float>(1 - static_cast<double>(op.beta1)),
-      .add2 = static_cast<float>(1 - static_cast<double>(op.beta2)),
-      .step = static_cast<float>(op.lr / decayed(op.beta1)),
-      .root2 = static_cast<float>(std::sqrt(decayed(op.beta2))),
-      .eps = op.eps,
-      .grad_scale = op.grad_scale};
-  const int64_t count = op.w.count();
-  if (count == 0) return;
-  const bool wide = aligned(op.w) && aligned(op.g) && aligned(op.m) && aligned(op.v);
-  const auto blocks = static_cast<unsigned>(div_up(wide ? div_up(count, 4) : count, kThreads));
-  adamw_kernel<<<blocks, kThreads, 0, stream_>>>(factors, op.w.as<float>(), op.g.as<float>(),
-                                                 op.m.as<float>(), op.v.as<float>(), count, wide);
+  check_operands(op);
+  expect_here("adamw", "squares", op.squares, device());
+  std::vector<Entry> entries;
+  int64_t chunks = 0;
+  for (const AdamW::Item& item : op.items) {
+    bool wide = aligned(item.copy);
+    for (const View& view : {item.w, item.g, item.m, item.v, item.copy})
+      expect_here("adamw", "a tensor", view, device());
+    for (const View& view : {item.w, item.g, item.m, item.v}) wide = wide && aligned(view);
+    add(entries, chunks,
+        {.w = item.w.as<float>(),
+         .g = item.g.as<float>(),
+         .m = item.m.as<float>(),
+         .v = item.v.as<float>(),
+         .copy = item.copy.data,
+         .count = item.w.count(),
+         .shrink = shrink_of(op, item),
+         .half = item.copy.dtype == DType::bf16,
+         .wide = wide});
+  }
+  if (chunks == 0) return;
+  const Tensor table = send(*this, entries);
+  adamw_kernel<<<static_cast<unsigned>(chunks), kThreads, 0, stream_>>>(
+      table.as<Entry>(), static_cast<int>(entries.size()), factors_of(op), op.squares.as<double>(),
+      op.clip);
   cuda::check_launch("adamw");
 }
 
