@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <random>
 
 #include "kernels/error.h"
@@ -193,6 +194,49 @@ TEST_P(Cuda, OnePassGivesTheSameBitsAThousandTimes) {
       const auto again = values_of<float>(*gpu, op.outputs[0]);
       ASSERT_EQ(std::memcmp(first.data(), again.data(), first.size() * sizeof(float)), 0) << repeat;
     }
+  }
+}
+
+TEST_P(Cuda, AGradientThatIsNotFiniteChangesNothing) {
+  const int64_t count = 9001;
+  const auto make = [&](DType dtype, double value) {
+    Tensor x(*gpu, dtype, {count});
+    gpu->fill(x, value);
+    return x;
+  };
+  const Tensor w = make(DType::f32, 1), g = make(DType::f32, 2), m = make(DType::f32, 3);
+  const Tensor v = make(DType::f32, 4), copy = make(GetParam(), 5);
+  const Tensor squares(*gpu, DType::f64, {1});
+  const View gradients[] = {g};
+  const AdamW::Item items[] = {{.w = w, .g = g, .m = m, .v = v, .copy = copy, .decay = 0.1f}};
+  for (const float bad :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    gpu->fill(g.view().slice(4098, 1), bad);
+    gpu->fill(squares, 0);
+    gpu->run(SumSquares{.x = gradients, .out = squares});
+    gpu->run(AdamW{.items = items, .squares = squares, .clip = 1, .lr = 0.1f});
+    EXPECT_FALSE(std::isfinite(values_of<double>(*gpu, squares)[0]));
+    for (const auto& [view, value] : {std::pair{&w, 1.f}, {&m, 3.f}, {&v, 4.f}, {&copy, 5.f}})
+      for (const float x : values_of<float>(*gpu, *view)) ASSERT_EQ(x, value);
+    EXPECT_EQ(values_of<float>(*gpu, g)[0], 2);
+  }
+}
+
+// More than the staging memory holds; what it came from changes at once.
+TEST_P(Cuda, CopiesFromTheHostArriveWhole) {
+  const int64_t count = 5'000'003;
+  const Tensor first(*gpu, DType::f32, {count}), second(*gpu, DType::f32, {count});
+  std::vector<float> host(count);
+  for (const Tensor* to : {&first, &second}) {
+    const float sign = to == &first ? 1 : -1;
+    for (int64_t i = 0; i < count; ++i) host[i] = sign * static_cast<float>(i);
+    gpu->copy(host_view(host.data(), DType::f32, {count}), *to);
+  }
+  std::ranges::fill(host, 0.5f);
+  for (const Tensor* to : {&first, &second}) {
+    const std::vector<float> found = values_of<float>(*gpu, *to);
+    const float sign = to == &first ? 1 : -1;
+    for (int64_t i = 0; i < count; ++i) ASSERT_EQ(found[i], sign * static_cast<float>(i));
   }
 }
 

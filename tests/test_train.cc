@@ -349,10 +349,18 @@ TEST_F(Train, AnExplodingLossStopsAndNamesTheStep) {
   options.lr = 1e9;
   options.warmup = 0;
   const std::string message = failure(options);
-  EXPECT_TRUE(message.starts_with("step ")) << message;
+  // Noticed when the step after it has been asked for.
+  EXPECT_TRUE(message.starts_with("step 2: the loss is ")) << message;
   EXPECT_NE(message.find("training stopped; the checkpoint of step 0"), std::string::npos)
       << message;
   EXPECT_EQ(peek_checkpoint(at("model")).step, 0);
+
+  options.out = at("kept");
+  options.checkpoint_every = 1;  // nothing is written before its step has been looked at
+  const std::string again = failure(options);
+  EXPECT_TRUE(again.starts_with("step 2: the loss is ")) << again;
+  EXPECT_NE(again.find("the checkpoint of step 1 "), std::string::npos) << again;
+  EXPECT_EQ(peek_checkpoint(at("kept")).step, 1);
 }
 
 TEST_F(Train, RefusesWhatDoesNotFit) {
