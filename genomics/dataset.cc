@@ -1,7 +1,6 @@
 #include "genomics/dataset.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <filesystem>
 #include <numeric>
@@ -43,23 +42,6 @@ std::vector<std::string> sorted_entries(const std::string& folder, bool folders)
   check(!error, "{}: cannot list: {}", folder, error.message());
   std::sort(entries.begin(), entries.end());
   return entries;
-}
-
-bool is_whole_number(const std::string& text, int64_t& value) {
-  const char* end = text.data() + text.size();
-  const auto [stop, error] = std::from_chars(text.data(), end, value);
-  return error == std::errc() && stop == end && !text.empty();
-}
-
-void sort_labels(std::vector<std::string>& labels) {
-  int64_t value, other;
-  const bool numbers = std::all_of(labels.begin(), labels.end(),
-                                   [&](const std::string& x) { return is_whole_number(x, value); });
-  std::sort(labels.begin(), labels.end(), [&](const std::string& x, const std::string& y) {
-    if (numbers && is_whole_number(x, value) && is_whole_number(y, other) && value != other)
-      return value < other;
-    return x < y;
-  });
 }
 
 class Reader {

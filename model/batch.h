@@ -2,6 +2,8 @@
 // order. The only header of model/ that genomics/ and audio/ include.
 #pragma once
 
+#include <algorithm>
+#include <charconv>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -20,6 +22,7 @@ struct Segment {
   bool first = false;          // the record begins here: name is set
   bool last = false;           // the record ends here
   std::string name;            // set where `first`
+  int32_t label = -1;          // likewise: its class, where the reader knows it
   std::vector<uint8_t> codes;  // token ids; at least 1
 };
 
@@ -34,6 +37,10 @@ class Source {
   virtual double fraction() const { return -1; }
 };
 
+// How a sample of audio becomes codes (audio/codes.h): one of mu-law, or two, the high and the low
+// byte of 16-bit PCM.
+enum class SampleCodes : uint8_t { mulaw, pcm16 };
+
 // A labelled set held in memory for training and evaluation: records of codes, and the examples cut
 // from them.
 struct Example {
@@ -46,5 +53,21 @@ struct Examples {
   std::vector<std::string> labels;  // class names, sorted; empty for language modelling
   std::vector<Example> items;
 };
+
+// The order of class names: by value where all are whole numbers.
+inline void sort_labels(std::vector<std::string>& labels) {
+  const auto number = [](const std::string& text, int64_t& value) {
+    const char* end = text.data() + text.size();
+    const auto [stop, error] = std::from_chars(text.data(), end, value);
+    return error == std::errc() && stop == end && !text.empty();
+  };
+  int64_t value, other;
+  const bool numbers = std::all_of(labels.begin(), labels.end(),
+                                   [&](const std::string& x) { return number(x, value); });
+  std::sort(labels.begin(), labels.end(), [&](const std::string& x, const std::string& y) {
+    if (numbers && number(x, value) && number(y, other) && value != other) return value < other;
+    return x < y;
+  });
+}
 
 }  // namespace coil

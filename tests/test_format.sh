@@ -4,4 +4,4 @@
 set -u
 cd "${1:-$(dirname "$0")/..}" || exit 2
 command -v clang-format-14 >/dev/null || { echo 'skipped: clang-format-14 is not installed'; exit 77; }
-find apps pipelines genomics model kernels tests -name '*.h' -o -name '*.cc' | xargs clang-format-14 --dry-run -Werror
+find apps pipelines genomics audio model kernels tests -name '*.h' -o -name '*.cc' | xargs clang-format-14 --dry-run -Werror
