@@ -4,6 +4,7 @@
 // configuration_falcon_mamba.py.
 #include "model/config.h"
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
@@ -135,14 +136,33 @@ void check_product(const Config& config, const std::string& where) {
         config.layers.size(), static_cast<double>(total), static_cast<double>(kMaxParameters));
 }
 
+void parse_audio(const Json& value, const std::string& where, Config& config) {
+  check(value.is_object(), "{}: coil.audio: expected an object, found {}", where, describe(value));
+  const Reader json(value, where, "coil.audio.");
+  config.audio.rate = json.size("rate", 1, 1 << 24);
+  config.audio.codes =
+      json.one_of("codes", {"mulaw", "pcm16"}) == "pcm16" ? SampleCodes::pcm16 : SampleCodes::mulaw;
+  if (json.find("trim")) config.audio.trim = json.positive_or("trim", 0, 200);
+  check(config.alphabet.empty(), "{}: coil: alphabet and audio: expected one of them", where);
+}
+
+// The begin token and those of the labels stand behind the codes.
+void check_audio_vocabulary(const Config& config, const std::string& where) {
+  if (config.audio.rate == 0) return;
+  const int64_t needed =
+      config.predicted() + 1 + (config.condition ? static_cast<int64_t>(config.labels.size()) : 0);
+  check(config.vocab >= needed, "{}: vocab_size: expected at least {} for its codes, found {}",
+        where, needed, config.vocab);
+}
+
 void parse_coil(const Json& value, const std::string& where, Config& config) {
-  static const std::set<std::string_view> known = {"objective", "pooling", "alphabet", "unknown"};
+  constexpr std::string_view known[] = {"objective", "pooling",   "alphabet",
+                                        "audio",     "condition", "unknown"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
-    check(known.contains(item.key()),
-          "{}: coil.{}: expected one of objective, pooling, alphabet, unknown; the model needs a "
-          "newer Coil",
-          where, describe(Json(item.key())));
+    check(std::find(std::begin(known), std::end(known), item.key()) != std::end(known),
+          "{}: coil.{}: expected one of {}; the model needs a newer Coil", where,
+          describe(Json(item.key())), fmt::join(known, ", "));
   const Reader json(value, where, "coil.");
   config.objective = json.one_of_or("objective", "lm", {"lm", "classify"}) == "classify"
                          ? Objective::classify
@@ -150,6 +170,11 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   config.pooling =
       json.one_of_or("pooling", "mean", {"mean", "last"}) == "last" ? Pooling::last : Pooling::mean;
   config.alphabet = json.one_of_or("alphabet", "", {"dna", ""});
+  if (const Json* audio = json.find("audio")) parse_audio(*audio, where, config);
+  config.condition = json.flag_or("condition", false);
+  if (config.condition && (config.objective != Objective::lm || config.audio.rate == 0))
+    json.refuse("condition", "false: only a language model of audio has labels before it",
+                *json.find("condition"));
   const Json* unknown = json.find("unknown");
   if (!unknown) return;
   if (!unknown->is_array())
@@ -233,6 +258,7 @@ Config parse_config(const std::string& text, const std::string& where) {
     json.refuse("quantization_config", "none: quantized weights are not supported", *quantized);
 
   if (const Json* coil = json.find("coil")) parse_coil(*coil, where, config);
+  check_audio_vocabulary(config, where);
   return config;
 }
 
@@ -271,6 +297,12 @@ std::string to_json(const Config& config) {
   coil["objective"] = lm ? "lm" : "classify";
   if (!lm) coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";
   if (!config.alphabet.empty()) coil["alphabet"] = config.alphabet;
+  if (config.audio.rate > 0) {
+    coil["audio"]["rate"] = config.audio.rate;
+    coil["audio"]["codes"] = config.audio.codes == SampleCodes::pcm16 ? "pcm16" : "mulaw";
+    if (config.audio.trim > 0) coil["audio"]["trim"] = config.audio.trim;
+  }
+  if (config.condition) coil["condition"] = true;
   for (const Config::Threshold& threshold : config.unknown)
     coil["unknown"].push_back(
         {{"length", threshold.length}, {"probability", threshold.probability}});
@@ -282,14 +314,15 @@ Config read_config(const std::string& folder) {
   const std::string path = folder + "/config.json";
   Config config = parse_config(read_file(path, kMaxBytes), path);
   const std::string labels = folder + "/labels.txt";
-  if (config.objective == Objective::classify)
+  if (config.objective == Objective::classify || config.condition)
     config.labels = parse_labels(read_file(labels, kMaxBytes), labels);
+  check_audio_vocabulary(config, path);
   return config;
 }
 
 void write_config(const Config& config, const std::string& folder) {
   const std::string labels = folder + "/labels.txt";
-  if (config.objective == Objective::classify) {
+  if (config.objective == Objective::classify || config.condition) {
     std::string text;
     std::set<std::string> seen;
     for (const std::string& label : config.labels) {

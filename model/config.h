@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels/ops.h"  // Pooling
+#include "model/batch.h"  // SampleCodes
 
 namespace coil {
 
@@ -38,8 +39,22 @@ struct Config {
   // Under "coil".
   Objective objective = Objective::lm;
   Pooling pooling = Pooling::mean;  // classify
-  std::vector<std::string> labels;  // classify; kept in labels.txt, a line per class
-  std::string alphabet;             // "dna", or "" (a model from elsewhere)
+  std::vector<std::string> labels;  // classify, condition; kept in labels.txt, a line per class
+  std::string alphabet;             // "dna", or "" (audio; a model from elsewhere)
+  // Instead of an alphabet: recordings at a rate. Tokens: the codes of a sample (mulaw 0 … 255;
+  // pcm16 0 … 255 coarse, 256 … 511 fine), the begin token, and with `condition` one for each label
+  // that stands in its place. Rows of logits are over the codes alone.
+  struct Audio {
+    int64_t rate = 0;  // Hz; 0: no audio
+    SampleCodes codes = SampleCodes::mulaw;
+    double trim = 0;  // dB, as recordings were read in training; 0: whole
+  };
+  Audio audio;
+  bool condition = false;  // lm of audio
+  // Of a language model, how many of the vocabulary, from 0 on, its logits are over.
+  int64_t predicted() const {
+    return audio.rate == 0 ? vocab : audio.codes == SampleCodes::pcm16 ? 512 : 256;
+  }
   // Thresholds of "unknown" by record length, ascending: below `probability` the answer is
   // "unknown".
   struct Threshold {

@@ -11,8 +11,8 @@ namespace coil {
 namespace {
 
 // dlogits → dhidden for logits = hidden W^T, and dW += dlogits^T hidden.
-void linear_backward(Backend& backend, const View& dlogits, const View& hidden,
-                     const Tensor& weight, const Tensor& dweight, const Tensor& dhidden) {
+void linear_backward(Backend& backend, const View& dlogits, const View& hidden, const View& weight,
+                     const View& dweight, const Tensor& dhidden) {
   backend.run(Gemm{.a = dlogits, .b = hidden, .c = dweight, .ta = true, .beta = 1});
   backend.run(Gemm{.a = dlogits, .b = weight, .c = dhidden});
 }
@@ -106,9 +106,26 @@ Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, 
 }
 
 Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
-  Tensor logits(backend, DType::f32, {hidden.rows(), model.config.vocab});
-  backend.run(Gemm{.a = hidden, .b = model.output(), .c = logits, .tb = true});
+  const int64_t v = model.config.predicted();
+  Tensor logits(backend, DType::f32, {hidden.rows(), v});
+  backend.run(Gemm{.a = hidden, .b = model.output().view().slice(0, v), .c = logits, .tb = true});
   return logits;
+}
+
+std::vector<Softmax> softmaxes(const Config& config) {
+  if (config.audio.rate == 0) return {{0, config.vocab}};
+  std::vector<Softmax> all;
+  for (int64_t begin = 0; begin < config.predicted(); begin += 256) all.push_back({begin, 256});
+  return all;
+}
+
+std::vector<int32_t> targets_in(const Softmax& softmax, View targets) {
+  std::vector<int32_t> inside(targets.rows(), -1);
+  for (size_t i = 0; i < inside.size(); ++i) {
+    const int64_t target = *targets.row<int32_t>(static_cast<int64_t>(i)) - softmax.begin;
+    if (target >= 0 && target < softmax.count) inside[i] = static_cast<int32_t>(target);
+  }
+  return inside;
 }
 
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
@@ -157,7 +174,7 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
 
   Saved saved;
   const DType act = activations(backend, model.backbone);
-  Tensor kept_ids, kept_targets, kept_weights;
+  Tensor kept_ids, kept_weights;
   ids = brought(backend, ids, kept_ids);
   Tensor h = hidden(backend, model, ids, rows, nullptr, grad ? &saved : nullptr);  // (t, d)
   Tensor pooled;                                                                   // (m, d)
@@ -170,13 +187,29 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   const bool in_place = !logits_out && (!lm || act == DType::f32);
   if (grad && !in_place)
     dlogits = Tensor(backend, lm ? act : DType::f32, {logits.view().rows(), logits.view().cols()});
-  backend.run(CrossEntropy{.logits = logits,
-                           .targets = brought(backend, targets, kept_targets),
-                           .loss = loss,
-                           .dlogits = !grad ? View{} : (in_place ? logits : dlogits).view(),
-                           .class_weights = brought(backend, class_weights, kept_weights),
-                           .total = total,
-                           .scale = grad ? static_cast<float>(scale / weight) : 1.0f});
+  const View gradient = !grad ? View{} : (in_place ? logits : dlogits).view();
+  const View weights = brought(backend, class_weights, kept_weights);
+  const auto columns = [](const View& all, const Softmax& part) {
+    return all ? all.columns(part.begin, part.count) : all;
+  };
+  const std::vector<Softmax> parts =
+      lm ? softmaxes(model.config) : std::vector<Softmax>{{0, logits.view().cols()}};
+  for (const Softmax& part : parts) {
+    std::vector<int32_t> inside;
+    View own = targets;
+    if (parts.size() > 1) {
+      inside = targets_in(part, targets);
+      own = host_view(inside.data(), DType::i32, {targets.rows()});
+    }
+    Tensor kept_targets;
+    backend.run(CrossEntropy{.logits = columns(logits, part),
+                             .targets = brought(backend, own, kept_targets),
+                             .loss = loss,
+                             .dlogits = columns(gradient, part),
+                             .class_weights = weights,
+                             .total = total,
+                             .scale = grad ? static_cast<float>(scale / weight) : 1.0f});
+  }
   loss = Tensor();
   if (grad && in_place) dlogits = std::move(logits);
   if (logits_out) *logits_out = std::move(logits);
@@ -185,8 +218,10 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   logits = Tensor();
   Tensor dh(backend, act, {rows.total(), model.config.d});
   if (lm) {
-    Tensor& dweight = model.config.tie ? grad->embedding : grad->lm_head;
-    linear_backward(backend, dlogits, h, model.output(), dweight, dh);
+    const Tensor& dweight = model.config.tie ? grad->embedding : grad->lm_head;
+    const int64_t v = model.config.predicted();
+    linear_backward(backend, dlogits, h, model.output().view().slice(0, v),
+                    dweight.view().slice(0, v), dh);
     h = Tensor();
   } else {
     Tensor dpooled(backend, DType::f32, {rows.finished(), model.config.d});

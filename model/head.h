@@ -43,15 +43,26 @@ void copy_values(Backend& backend, const Model& from, Model& to);
 // ids (t) i32, in host or device memory → hidden (t,d) after the final norm, of activation type.
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved = nullptr);
-Tensor lm_logits(Backend& backend, const Model& model, View hidden);  // (t, v) f32
+// (t, config.predicted()) f32
+Tensor lm_logits(Backend& backend, const Model& model, View hidden);
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
                     State* state, Tensor* pooled = nullptr);  // (m, classes) f32
+
+// The softmaxes over the logits of a language model: a target takes part in the one it stands in.
+// Of DNA one over all; of audio one over the codes of mu-law, or one over the coarse codes of 16
+// bits and one over the fine ones.
+struct Softmax {
+  int64_t begin, count;  // columns
+};
+std::vector<Softmax> softmaxes(const Config& config);
+// `targets` less the begin of a softmax where they stand in it, else -1.
+std::vector<int32_t> targets_in(const Softmax& softmax, View targets);
 
 // One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
 // per sequence (classify), in host memory, as class_weights. Adds the sum of losses, in nats, to
 // total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss (sum / weight)
-// to grad; grad null: loss only. logits, if given, receives the (m, classes or t, v) logits.
-// Returns the weight: counted targets (sum of class weights). Waits for nothing.
+// to grad; grad null: loss only. logits, if given, receives the (m, classes or t, predicted)
+// logits. Returns the weight: counted targets (sum of class weights). Waits for nothing.
 double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
                 View class_weights, View total, Model* grad, Tensor* logits = nullptr,
                 double scale = 1);

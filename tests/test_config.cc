@@ -89,11 +89,33 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(refusal("[1]"), "m/config.json: expected a JSON object, found an array");
   EXPECT_EQ(refusal("{\"a\": }"), "m/config.json: expected JSON, found something else at byte 7");
   EXPECT_EQ(with(R"(, "coil": {"objective": "classify", "heads": 2})"),
-            "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, unknown; "
+            "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, audio, "
+            "condition, unknown; "
             "the model needs a "
             "newer Coil");
   EXPECT_EQ(with(R"(, "coil": {"unknown": [{"length": 100, "probability": 1.5}]})"),
             "m/config.json: coil.unknown[0].probability: expected a number from 0 to 1, found 1.5");
+}
+
+TEST(Config, Audio) {
+  const std::string audio = std::string(kSmall) + R"(, "vocab_size": 272, "coil": {"audio": )";
+  const Config config = parse_config(audio + R"({"rate": 8000, "codes": "mulaw"}}})", "x");
+  EXPECT_EQ(config.audio.rate, 8000);
+  EXPECT_EQ(config.predicted(), 256);
+  const Config again = parse_config(to_json(config), "x");
+  EXPECT_EQ(again.audio.rate, 8000);
+  EXPECT_EQ(again.audio.codes, SampleCodes::mulaw);
+  EXPECT_EQ(refusal(audio + R"({"rate": 8000, "codes": "pcm16"}}})"),
+            "m/config.json: vocab_size: expected at least 513 for its codes, found 272");
+  EXPECT_EQ(refusal(audio + R"({"rate": 8000, "codes": "alaw"}}})"),
+            "m/config.json: coil.audio.codes: expected \"mulaw\" or \"pcm16\", found \"alaw\"");
+  EXPECT_EQ(refusal(audio + R"({"rate": 0, "codes": "mulaw"}}})"),
+            "m/config.json: coil.audio.rate: expected a whole number from 1 to 16777216, found 0");
+  EXPECT_EQ(refusal(audio + R"({"rate": 8000, "codes": "mulaw"}, "alphabet": "dna"}})"),
+            "m/config.json: coil: alphabet and audio: expected one of them");
+  EXPECT_EQ(refusal(std::string(kSmall) + R"(, "coil": {"condition": true}})"),
+            "m/config.json: coil.condition: expected false: only a language model of audio has "
+            "labels before it, found true");
 }
 
 TEST(Config, ValuesThatCannotBeAreRefused) {

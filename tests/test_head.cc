@@ -152,6 +152,54 @@ TEST_P(Classifier, LogitsOfARecordInPieces) {
     EXPECT_LE(largest_difference(logits_of(chunk), whole), 1e-5) << chunk;
 }
 
+// Audio: one softmax over the codes of mu-law, or two over those of 16 bits, and none over the
+// begin token behind them.
+TEST(AudioHead, LossAndGradient) {
+  const auto backend = make_cpu_backend();
+  for (const SampleCodes codes : {SampleCodes::mulaw, SampleCodes::pcm16}) {
+    Config config = small_config(false);
+    config.audio = {.rate = 8000, .codes = codes};
+    config.vocab = config.predicted() + 3;
+    Model model = random_model(*backend, config, 61), grad = zeros_like(*backend, model);
+    const auto begin = static_cast<int32_t>(config.predicted());
+    std::vector<int32_t> ids = {begin}, targets;
+    const int64_t groups = config.predicted() / 256;
+    for (const int32_t code : random_ids(40, 256, 3))
+      ids.push_back(code + 256 * static_cast<int32_t>((ids.size() - 1) % groups));
+    targets.assign(ids.begin() + 1, ids.end());
+    targets.push_back(-1);
+    const Rows rows = Rows::equal(*backend, 1, 41);
+    const auto loss = [&](Model* into, Tensor* logits) {
+      return batch_loss(*backend, model, ids_view(ids), rows, ids_view(targets), View{}, into,
+                        logits);
+    };
+    Tensor logits;
+    const BatchLoss found = loss(nullptr, &logits);
+    EXPECT_EQ(found.weight, 40);
+    ASSERT_EQ(logits.view().cols(), config.predicted());
+    double sum = 0;
+    for (int64_t i = 0; i < 40; ++i) {
+      const float* row = logits.view().row<float>(i) + targets[i] / 256 * 256;
+      double total = 0;
+      for (int k = 0; k < 256; ++k) total += std::exp(row[k]);
+      sum += std::log(total) - row[targets[i] % 256];
+    }
+    EXPECT_NEAR(found.sum, sum, 1e-4 * sum);
+
+    loss(&grad, nullptr);
+    std::span<float> w = model.embedding.span<float>(), g = grad.embedding.span<float>();
+    double norm = 0;
+    for (const float value : g) norm += static_cast<double>(value) * value;
+    norm = std::sqrt(norm);
+    const std::vector<float> before(w.begin(), w.end());
+    const auto at = [&](double h) {
+      for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(before[i] + h * g[i] / norm);
+      return loss(nullptr, nullptr).sum / 40;
+    };
+    EXPECT_NEAR((at(1e-2) - at(-1e-2)) / 2e-2, norm, 0.01 * norm);
+  }
+}
+
 class OptimizerTest : public ::testing::Test {
  protected:
   void fill_gradient(float value) {

@@ -43,9 +43,7 @@ TEST_F(SoundTest, ChannelsBecomeTheirMean) {
   EXPECT_EQ(sound.channels(), 2);
   EXPECT_EQ(all_of(path("both.wav")),
             (std::vector<float>{200 / 32768.0f, -200 / 32768.0f, -0.5f / 32768}));
-  shell(
-      "sox -D a.wav -c 65 many.wav 2>/dev/null || sox -R -D -r 8000 -n -c 65 -b 16 many.wav synth "
-      "3s sine 440");
+  tone("many.wav", "-c 65 -b 16", 8000, 3);
   EXPECT_EQ(Sound(path("many.wav")).channels(), 65);
   EXPECT_EQ(all_of(path("many.wav")).size(), 3u);
 }
