@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "pipelines/workers.h"
 
@@ -85,7 +84,7 @@ class Average {
   const std::function<void(const Answer&)>& emit_;
   Answer answer_;
   std::vector<double> sum_;
-  double weight_ = 0;  // bases
+  double weight_ = 0;  // bases or samples
   int64_t group_ = -1;
 };
 
@@ -110,10 +109,7 @@ void check_classifier(const Config& config, const std::string& where) {
     throw Error(fmt::format("{}: is a language model, expected a classifier", where),
                 "coil score reads a language model; coil train --from makes a classifier of it");
   }
-  check(config.alphabet == "dna", "{}: reads alphabet '{}', expected 'dna'", where,
-        config.alphabet);
-  check(config.vocab > dna::kN, "{}: vocab_size is {}, expected at least {} for DNA", where,
-        config.vocab, dna::kN + 1);
+  check_front_end(config, where);
 }
 
 void classify(Backend& backend, const Model& model, Source& source, const ClassifyOptions& options,
@@ -123,7 +119,7 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
   StreamOptions stream_options = options.stream;
   if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
   Workers workers(backend);
-  Stream stream(source, stream_options, workers.count());
+  Stream stream(source, stream_options, workers.count(), FrontEnd(model.config));
   State state(backend, model.config, stream.slots());
   Average average(model.config, options, emit);
   std::vector<Stream::Batch> batches(workers.count());

@@ -1,7 +1,7 @@
 // A class for every record, window, read pair or file.
 //   p = softmax of the class logits of the pooled hidden states, in f64. Averages are means of
 //   probabilities: the two strands of a unit weigh the same, the units of a pair or a file weigh by
-//   their bases.
+//   their bases or samples.
 #pragma once
 
 #include <functional>
@@ -35,7 +35,7 @@ struct Answer {
 // calibrated lengths, constant beyond them; 0 where the model has none.
 double unknown_threshold(const Config& config, int64_t length);
 
-// Throws where the model is no classifier or reads no DNA; `where` names it.
+// Throws where the model is no classifier or reads neither DNA nor audio; `where` names it.
 void check_classifier(const Config& config, const std::string& where);
 
 // Answers in input order. `progress`, if given, is called after every batch.

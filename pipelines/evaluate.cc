@@ -13,6 +13,7 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
+#include "pipelines/front_end.h"
 #include "pipelines/stream.h"
 
 namespace coil {
@@ -42,18 +43,10 @@ double auroc(std::span<const int32_t> truth, std::span<const double> probabiliti
   return (ranks - positives * (positives + 1) / 2) / (positives * negatives);
 }
 
-// Which rows of a batch belong to which item, and the ids themselves.
 struct Strand {
   int64_t item;
   bool reverse;
 };
-
-std::vector<uint8_t> codes_of(const Examples& all, const Example& item, bool reverse) {
-  const auto from = all.codes[item.record].begin() + item.begin;
-  std::vector<uint8_t> codes(from, from + item.length);
-  if (reverse) dna::reverse_complement(codes);
-  return codes;
-}
 
 class Evaluator {
  public:
@@ -64,32 +57,38 @@ class Evaluator {
         all_(all),
         items_(items),
         options_(options),
+        front_(model.config),
         lm_(model.config.objective == Objective::lm),
         classes_(static_cast<int64_t>(model.config.labels.size())) {
     if (options_.batch_tokens == 0)
       options_.batch_tokens = auto_batch(model.config, backend.device());
+    if (front_.audio()) options_.both_strands = false;
   }
 
   Evaluation run() {
     if (!lm_) result_.probabilities.assign(items_.size() * classes_, 0.0);
     for (size_t i = 0; i < items_.size(); ++i) {
       for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand) {
-        const auto length = items_[i].length;
+        std::vector<int32_t> ids, targets;
+        read({static_cast<int64_t>(i), strand == 1}, ids, targets);
+        const auto length = static_cast<int64_t>(ids.size());
         if (length > options_.batch_tokens) {
-          long_item({static_cast<int64_t>(i), strand == 1});
+          long_item(static_cast<int64_t>(i), ids, targets);
           continue;
         }
         if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
-        const std::vector<uint8_t> codes = codes_of(all_, items_[i], strand == 1);
         pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
-        ids_.insert(ids_.end(), codes.begin(), codes.end());
-        batch_.push_back({static_cast<int64_t>(i), strand == 1});
+        ids_.insert(ids_.end(), ids.begin(), ids.end());
+        targets_.insert(targets_.end(), targets.begin(), targets.end());
+        batch_.push_back(static_cast<int64_t>(i));
       }
     }
     flush();
     if (lm_) {
-      result_.metrics.count = counted_ / (options_.both_strands ? 2 : 1);
-      result_.metrics.loss = counted_ ? nats_ / static_cast<double>(counted_) : kNan;
+      result_.metrics.count = counted_ / (front_.step() * (options_.both_strands ? 2 : 1));
+      result_.metrics.loss =
+          counted_ ? nats_ / (static_cast<double>(counted_) / static_cast<double>(front_.step()))
+                   : kNan;
       result_.bits_per_base = result_.metrics.loss / std::numbers::ln2;
       return std::move(result_);
     }
@@ -100,40 +99,42 @@ class Evaluator {
   }
 
  private:
+  void read(Strand strand, std::vector<int32_t>& ids, std::vector<int32_t>& targets) const {
+    const Example& item = items_[strand.item];
+    const int64_t context = front_.context(item);
+    const auto from = all_.codes[item.record].begin() + item.begin;
+    std::vector<uint8_t> codes(from - context, from + item.length);
+    if (strand.reverse) dna::reverse_complement(codes);
+    front_.append(codes, context, item.label, ids, targets);
+  }
+
   void flush() {
     if (ids_.empty()) return;
     const Rows rows(backend_, std::move(pieces_));
-    const int64_t t = rows.total();
     const Tensor h =  // (t, d)
-        hidden(backend_, model_, host_view(ids_.data(), DType::i32, {t}), rows, nullptr);
+        hidden(backend_, model_, host_view(ids_.data(), DType::i32, {rows.total()}), rows, nullptr);
     if (lm_) {
-      std::vector<std::byte> kept;
-      const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
-      const View host = on_host(backend_, logits, kept);
-      for (const Piece& piece : rows.pieces())
-        add_likelihood(host.slice(piece.begin, piece.length),
-                       std::span(ids_).subspan(piece.begin, piece.length));
+      add_likelihood(h, targets_);
     } else {
       std::vector<std::byte> kept;
       const Tensor logits = class_logits(backend_, model_, h, rows, nullptr);  // (m, classes)
       const View host = on_host(backend_, logits, kept);
-      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(host, i, batch_[i].item);
+      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(host, i, batch_[i]);
     }
     pieces_ = {};
     ids_.clear();
+    targets_.clear();
     batch_.clear();
   }
 
   // An item longer than a batch: pieces of a batch's length, one state slot.
-  void long_item(Strand strand) {
+  void long_item(int64_t item, std::vector<int32_t>& ids, const std::vector<int32_t>& targets) {
     flush();
-    const std::vector<uint8_t> codes = codes_of(all_, items_[strand.item], strand.reverse);
-    const auto length = static_cast<int64_t>(codes.size());
+    const auto length = static_cast<int64_t>(ids.size());
     State state(backend_, model_.config, 1);
     for (int64_t at = 0; at < length; at += options_.batch_tokens) {
       const int64_t t = std::min(options_.batch_tokens, length - at);
       const bool last = at + t == length;
-      std::vector<int32_t> ids(codes.begin() + at, codes.begin() + at + t);
       const Rows rows(backend_, {{.begin = 0,
                                   .length = t,
                                   .position = at,
@@ -141,33 +142,20 @@ class Evaluator {
                                   .to = 0,
                                   .last = last}});
       const Tensor h =  // (t, d)
-          hidden(backend_, model_, host_view(ids.data(), DType::i32, {t}), rows, &state);
+          hidden(backend_, model_, host_view(ids.data() + at, DType::i32, {t}), rows, &state);
       if (lm_) {
-        const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
-        if (!last) ids.push_back(codes[at + t]);               // what the piece's last row predicts
-        std::vector<std::byte> kept;
-        add_likelihood(on_host(backend_, logits, kept), ids);
+        add_likelihood(h, {targets.begin() + at, targets.begin() + at + t});
       } else {
         const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
         std::vector<std::byte> kept;
-        if (last) add_probabilities(on_host(backend_, logits, kept), 0, strand.item);
+        if (last) add_probabilities(on_host(backend_, logits, kept), 0, item);
       }
     }
   }
 
-  // Row i of logits predicts ids[i + 1].
-  void add_likelihood(View logits, std::span<const int32_t> ids) {
-    const auto rows = std::min(logits.rows(), static_cast<int64_t>(ids.size()) - 1);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int32_t target = ids[i + 1];
-      if (target < dna::kA || target > dna::kT) continue;
-      const float* row = logits.row<float>(i);
-      const double top = *std::max_element(row + dna::kA, row + dna::kT + 1);
-      double sum = 0;
-      for (int base = dna::kA; base <= dna::kT; ++base) sum += std::exp(row[base] - top);
-      nats_ += std::log(sum) + top - row[target];
-      ++counted_;
-    }
+  void add_likelihood(View h, const std::vector<int32_t>& targets) {
+    for (const float nats : front_.losses(backend_, model_, h, targets)) nats_ += nats;
+    counted_ += std::count_if(targets.begin(), targets.end(), [](int32_t t) { return t >= 0; });
   }
 
   void add_probabilities(View logits, int64_t row_index, int64_t item) {
@@ -185,14 +173,15 @@ class Evaluator {
   const Examples& all_;
   std::span<const Example> items_;
   EvaluateOptions options_;
+  FrontEnd front_;
   bool lm_;
   int64_t classes_;
   Evaluation result_;
   double nats_ = 0;
   int64_t counted_ = 0;
-  std::vector<int32_t> ids_;  // (t)
+  std::vector<int32_t> ids_, targets_;  // (t)
   std::vector<Piece> pieces_;
-  std::vector<Strand> batch_;
+  std::vector<int64_t> batch_;  // items
 };
 
 }  // namespace

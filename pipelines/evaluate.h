@@ -1,4 +1,4 @@
-// Metrics of a classifier on labelled data, and bits per base of a language model.
+// Metrics of a classifier on labelled data, and bits per base or sample of a language model.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +26,12 @@ Metrics measure(std::span<const int32_t> truth, std::span<const double> probabil
 
 struct EvaluateOptions {
   int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
-  bool both_strands = true;  // classify: probabilities averaged; lm: log-likelihoods
+  bool both_strands = true;  // DNA only. classify: probabilities averaged; lm: log-likelihoods
 };
 struct Evaluation {
-  Metrics metrics;                    // classify; of an lm: count (bases) and loss only
+  Metrics metrics;                    // classify; of an lm: count (bases, samples) and loss only
   std::vector<double> probabilities;  // classify: items x classes
-  double bits_per_base = 0;  // lm: over A C G T only, N skipped, the first base not counted
+  double bits_per_base = 0;           // lm; or per sample. What counts: pipelines/front_end.h
 };
 Evaluation evaluate(Backend& backend, const Model& model, const Examples& all,
                     std::span<const Example> items, const EvaluateOptions& options);

@@ -5,7 +5,6 @@
 #include <limits>
 #include <numbers>
 
-#include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "pipelines/workers.h"
 
@@ -22,48 +21,74 @@ void check_language_model(const Config& config, const std::string& where) {
         fmt::format("{}: is a classifier, expected a language model", where),
         "coil classify reads a classifier; coil train --objective lm makes a language model");
   }
-  check(config.alphabet == "dna", "{}: reads alphabet '{}', expected 'dna'", where,
-        config.alphabet);
-  check(config.vocab > dna::kN, "{}: vocab_size is {}, expected at least {} for DNA", where,
-        config.vocab, dna::kN + 1);
+  check_front_end(config, where);
 }
 
 namespace {
 
-// -log p of the base after each row, 0 where it is not counted. Leaves in batch.next the targets: 0
-// … 3, or -1.
-std::vector<float> losses_of(Backend& backend, const Model& model, Stream::Batch& batch,
-                             State& state) {
+// -log p of the token after each row, 0 where it is not counted.
+std::vector<float> losses_of(Backend& backend, const Model& model, const FrontEnd& front,
+                             Stream::Batch& batch, State& state) {
   const Rows rows(backend, batch.pieces);
-  const int64_t t = rows.total();
-  for (int32_t& code : batch.next) code = code >= dna::kA && code <= dna::kT ? code - dna::kA : -1;
-  const View ids = host_view(batch.ids.data(), DType::i32, {t});
+  const View ids = host_view(batch.ids.data(), DType::i32, {rows.total()});
   const Tensor h = hidden(backend, model, ids, rows, &state);  // (t, d)
-  const Tensor logits = lm_logits(backend, model, h);          // (t, v)
-  Tensor loss(backend, DType::f32, {t}), kept_targets;
-  backend.run(CrossEntropy{
-      .logits = logits.view().columns(dna::kA, 4),
-      .targets = brought(backend, host_view(batch.next.data(), DType::i32, {t}), kept_targets),
-      .loss = loss});
-  std::vector<std::byte> kept;
-  const View host = on_host(backend, loss, kept);
-  return {host.as<float>(), host.as<float>() + host.count()};
+  return front.losses(backend, model, h, batch.next);
 }
 
-// Adds piece i of a batch to its unit: nats and bases counted, and its lines of bedGraph.
-void add(const Stream::Batch& batch, size_t i, const std::vector<float>& nats, bool per_base) {
+// What a unit's values are.
+enum Values : size_t { kNats, kCounted, kSecondNats, kSecondCounted /* since its last line */ };
+
+// The lines of a unit as its codes come by.
+class Track {
+ public:
+  Track(const FrontEnd& front, int64_t rate) : front_(front), rate_(rate) {}
+
+  // A counted code, by its place in its unit.
+  void add(Stream::Unit& unit, int64_t place, float nats) const {
+    if (!front_.audio()) {
+      const int64_t start = unit.begin + place;
+      fmt::format_to(std::back_inserter(unit.text), "{}\t{}\t{}\t{:.6g}\n", unit.name, start,
+                     start + 1, nats / std::numbers::ln2);
+      return;
+    }
+    unit.values[kSecondNats] += nats;
+    unit.values[kSecondCounted] += 1;
+    if ((unit.begin + place + 1) % (rate_ * front_.step()) == 0) second(unit, place + 1);
+  }
+
+  // Of audio: the second that ends before `place`, or the rest of one.
+  void second(Stream::Unit& unit, int64_t place) const {
+    const double codes = unit.values[kSecondCounted], rate = static_cast<double>(rate_);
+    if (codes == 0) return;
+    const double samples = codes / static_cast<double>(front_.step());
+    const double end = static_cast<double>((unit.begin + place) / front_.step());
+    fmt::format_to(std::back_inserter(unit.text), "{}\t{:.10g}\t{:.10g}\t{}\t{:.6f}\n", unit.name,
+                   (end - samples) / rate, end / rate, samples,
+                   unit.values[kSecondNats] / samples / std::numbers::ln2);
+    unit.values[kSecondNats] = unit.values[kSecondCounted] = 0;
+  }
+
+ private:
+  const FrontEnd& front_;
+  int64_t rate_;
+};
+
+// Adds piece i of a batch to its unit: nats and codes counted, and its lines where there is a
+// track.
+void add(const Stream::Batch& batch, size_t i, const std::vector<float>& nats,
+         const FrontEnd& front, const Track* track) {
   const Piece& piece = batch.pieces[i];
   Stream::Unit& unit = *batch.units[i];
-  unit.values.resize(2);
+  unit.values.resize(4);
+  const int64_t next = piece.position + 1 - front.prefix() - piece.begin;  // code after row 0
   for (int64_t row = piece.begin; row < piece.begin + piece.length; row++) {
-    if (batch.next[row] < 0) continue;
-    unit.values[0] += nats[row];
-    unit.values[1] += 1;
-    if (!per_base) continue;
-    const int64_t start = unit.begin + piece.position + (row - piece.begin) + 1;
-    fmt::format_to(std::back_inserter(unit.text), "{}\t{}\t{}\t{:.6g}\n", unit.name, start,
-                   start + 1, nats[row] / std::numbers::ln2);
+    if (!front.counted(batch.next[row])) continue;
+    unit.values[kNats] += nats[row];
+    unit.values[kCounted] += 1;
+    if (track) track->add(unit, next + row, nats[row]);
   }
+  if (track && front.audio() && piece.last)
+    track->second(unit, next + piece.begin + piece.length - 1);
 }
 
 }  // namespace
@@ -75,18 +100,22 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
   if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
+  const FrontEnd front_end(model.config);
+  const Track lines(front_end, model.config.audio.rate);
+  const Track* const track = options.per_base ? &lines : nullptr;
   Workers workers(backend);
-  Stream stream(source, stream_options, workers.count());
+  Stream stream(source, stream_options, workers.count(), front_end);
   State state(backend, model.config, stream.slots());
   std::vector<Stream::Batch> batches(workers.count());
   std::vector<std::vector<float>> nats(batches.size());  // each (t)
   Stream::Unit unit;
   while (const int filled = stream.next(batches)) {
-    workers.run(filled,
-                [&](int i, Backend& own) { nats[i] = losses_of(own, model, batches[i], state); });
+    workers.run(filled, [&](int i, Backend& own) {
+      nats[i] = losses_of(own, model, front_end, batches[i], state);
+    });
     for (int b = 0; b < filled; b++) {
       for (size_t i = 0; i < batches[b].pieces.size(); i++) {
-        add(batches[b], i, nats[b], options.per_base);
+        add(batches[b], i, nats[b], front_end, track);
       }
     }
     // Text of records after the first unfinished one waits, so that the order is that of the input.
@@ -99,8 +128,8 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
       emit({.name = unit.name,
             .begin = unit.begin,
             .end = unit.end,
-            .counted = unit.values[1] / unit.strands,
-            .log_likelihood = 0 - unit.values[0] / unit.strands});
+            .counted = unit.values[kCounted] / static_cast<double>(front_end.step() * unit.strands),
+            .log_likelihood = 0 - unit.values[kNats] / unit.strands});
     }
     if (progress) progress(stream);
   }

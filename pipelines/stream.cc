@@ -38,7 +38,7 @@ int64_t auto_batch(const Config& config, Device device) {
 struct Stream::Sequence {
   Unit* unit = nullptr;
   bool reverse = false;
-  int64_t length = -1;   // -1: the record has not ended yet
+  int64_t length = -1;   // in tokens; -1: the record has not ended yet
   int64_t position = 0;  // next step
   int64_t base = 0;      // of codes[0]
   int32_t slot = -1;     // where its state stands; -1: it has none yet
@@ -47,9 +47,12 @@ struct Stream::Sequence {
   int64_t readable() const { return base + static_cast<int64_t>(codes.size()); }
 };
 
-Stream::Stream(Source& source, const StreamOptions& options, int parallel)
-    : source_(source), options_(options) {
+Stream::Stream(Source& source, const StreamOptions& options, int parallel, const FrontEnd& front)
+    : source_(source), options_(options), front_(front) {
   COIL_ASSERT(options_.batch > 0);
+  COIL_ASSERT(!front.audio() || options_.strands == Strands::forward);
+  options_.window *= front.step();
+  options_.stride *= front.step();
   if (options_.chunk <= 0 || options_.chunk > options_.batch) options_.chunk = options_.batch;
   if (options_.stride <= 0) options_.stride = options_.window;
   // A turn leaves at most so many sequences unfinished, and what it releases is free after it.
@@ -65,6 +68,7 @@ Stream::Unit& Stream::begin_unit(const Segment& segment) {
   unit.record = segment.record;
   unit.file = segment.file;
   unit.name = segment.name;
+  unit.label = segment.label;
   unit.begin = segment.offset + segment.position;
   unit.strands = unit.pending = options_.strands == Strands::both ? 2 : 1;
   return unit;
@@ -74,13 +78,14 @@ Stream::Unit& Stream::begin_unit(const Segment& segment) {
 void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
   const auto length = static_cast<int64_t>(codes.size());
   unit.end = unit.begin + length;
-  promised_ += length * unit.strands;
+  promised_ += (front_.prefix() + length) * unit.strands;
   for (const bool reverse : {false, true}) {
     if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
     auto sequence = std::make_unique<Sequence>();
     sequence->unit = &unit;
     sequence->reverse = reverse;
-    sequence->length = length;
+    sequence->length = front_.prefix() + length;
+    sequence->base = front_.prefix();
     if (reverse || options_.strands == Strands::forward) {
       sequence->codes = std::move(codes);
     } else {
@@ -95,7 +100,7 @@ void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
 void Stream::end_open() {
   open_->end = open_->begin + open_length_;
   open_->fresh = open_length_;
-  if (open_forward_) open_forward_->length = open_length_;
+  if (open_forward_) open_forward_->length = front_.prefix() + open_length_;
   for (const bool reverse : {false, true}) {
     if (!open_->spill || (!reverse && options_.strands == Strands::reverse)) continue;
     auto sequence = std::make_unique<Sequence>();
@@ -143,6 +148,7 @@ bool Stream::read() {
                       .file = segment.file,
                       .offset = segment.offset,
                       .name = segment.name,
+                      .label = segment.label,
                       .codes = {}};
     }
     const int64_t readable = rolling_begin_ + static_cast<int64_t>(rolling_.size());
@@ -167,6 +173,8 @@ bool Stream::read() {
     } else {
       open_forward_ = active_.emplace_back(std::make_unique<Sequence>()).get();
       open_forward_->unit = open_;
+      open_forward_->base = front_.prefix();
+      promised_ += front_.prefix();
     }
   }
   COIL_ASSERT(open_);
@@ -207,6 +215,12 @@ int64_t Stream::prepare(Sequence& sequence, int64_t want) {
       want, (sequence.length < 0 ? sequence.readable() - 1 : sequence.length) - sequence.position);
 }
 
+int32_t Stream::token(const Sequence& sequence, int64_t position) const {
+  const int64_t prefix = front_.prefix();
+  if (position < prefix) return front_.begin(sequence.unit->label);
+  return front_.token(sequence.codes[position - sequence.base], position - prefix);
+}
+
 // Fills a batch from active sequence i on; false where no further batch can be begun in this turn.
 bool Stream::fill(Batch& batch, size_t& i) {
   int64_t budget = options_.batch;
@@ -238,10 +252,12 @@ bool Stream::fill(Batch& batch, size_t& i) {
     } else if (sequence.slot >= 0) {
       released_.push_back(sequence.slot);
     }
-    const auto codes = sequence.codes.begin() + (sequence.position - sequence.base);
-    batch.ids.insert(batch.ids.end(), codes, codes + count);
-    batch.next.insert(batch.next.end(), codes + 1, codes + count + (last ? 0 : 1));
-    if (last) batch.next.push_back(-1);
+    const int64_t end = sequence.position + count;
+    for (int64_t at = sequence.position; at < end; ++at) {
+      batch.ids.push_back(token(sequence, at));
+      if (at > sequence.position) batch.next.push_back(batch.ids.back());
+    }
+    batch.next.push_back(last ? -1 : token(sequence, end));
     batch.pieces.push_back(piece);
     batch.units.push_back(sequence.unit);
     sequence.position += count;
@@ -282,6 +298,7 @@ bool Stream::pop(Unit& unit) {
   if (units_.empty() || units_.front().pending > 0) return false;
   unit = std::move(units_.front());
   units_.pop_front();
+  for (int64_t* count : {&unit.begin, &unit.end, &unit.fresh}) *count /= front_.step();
   return true;
 }
 

@@ -27,6 +27,7 @@
 #include "kernels/tensor.h"
 #include "model/batch.h"
 #include "model/config.h"
+#include "pipelines/front_end.h"
 
 namespace coil {
 
@@ -35,7 +36,7 @@ Strands parse_strands(const std::string& text);  // throws UsageError
 
 struct StreamOptions {
   Strands strands = Strands::both;
-  int64_t window = 0;  // bases; 0: one unit per record
+  int64_t window = 0;  // bases or samples; 0: one unit per record
   int64_t stride = 0;  // 0: the window
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
@@ -51,12 +52,14 @@ class Stream {
 
   struct Unit {
     int64_t record = 0, file = 0;
-    std::string name;             // of the record
-    int64_t begin = 0, end = -1;  // 0-based, half open, Segment::offset added
-    int64_t fresh = 0;            // bases that no earlier window of the record held
-    int strands = 0;              // sequences
-    std::vector<double> values;   // of whoever computes
-    std::string text;             // likewise
+    std::string name;    // of the record
+    int32_t label = -1;  // likewise, where the source knows it
+    // 0-based, half open, Segment::offset added; fresh: of that, what no earlier window of the
+    // record held. Codes until the unit is popped, then bases or samples.
+    int64_t begin = 0, end = -1, fresh = 0;
+    int strands = 0;             // sequences
+    std::vector<double> values;  // of whoever computes
+    std::string text;            // likewise
     int64_t length() const { return end - begin; }
 
    private:
@@ -67,11 +70,13 @@ class Stream {
   struct Batch {
     std::vector<Piece> pieces;
     std::vector<Unit*> units;   // per piece
-    std::vector<int32_t> ids;   // per row: the code
-    std::vector<int32_t> next;  // per row: the code after it in its sequence, -1 at the end
+    std::vector<int32_t> ids;   // per row: the token
+    std::vector<int32_t> next;  // per row: the token after it in its sequence, -1 at the end
   };
 
-  Stream(Source& source, const StreamOptions& options, int parallel = 1);  // options.batch resolved
+  // options.batch resolved. Positions of pieces count tokens, those before the first code too.
+  Stream(Source& source, const StreamOptions& options, int parallel = 1,
+         const FrontEnd& front = FrontEnd());
   ~Stream();
   // Fills batches from the first on and returns how many hold something; 0: all is read and
   // computed. Batches of one turn share no sequence, so they can be computed at once, with one
@@ -93,9 +98,11 @@ class Stream {
   void end_open();
   int64_t prepare(Sequence& sequence, int64_t want);
   bool fill(Batch& batch, size_t& i);
+  int32_t token(const Sequence& sequence, int64_t position) const;
 
   Source& source_;
-  StreamOptions options_;
+  StreamOptions options_;  // window and stride in codes
+  FrontEnd front_;
   int32_t slots_ = 0;
   int64_t steps_ = 0, promised_ = 0;  // handed out; of all that was read
   bool exhausted_ = false;

@@ -1,0 +1,78 @@
+#include "pipelines/front_end.h"
+
+#include "genomics/alphabet.h"
+#include "kernels/error.h"
+
+namespace coil {
+
+FrontEnd::FrontEnd() : counted_from_(dna::kA), counted_to_(dna::kT + 1), softmaxes_{{dna::kA, 4}} {}
+
+FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
+  lm_ = config.objective == Objective::lm;
+  if (config.audio.rate == 0) return;
+  step_ = config.audio.codes == SampleCodes::pcm16 ? 2 : 1;
+  prefix_ = 1;
+  begin_ = static_cast<int32_t>(config.predicted());
+  if (config.condition) labels_ = static_cast<int32_t>(config.labels.size());
+  counted_from_ = 0;
+  counted_to_ = begin_;
+  softmaxes_ = coil::softmaxes(config);
+}
+
+int32_t FrontEnd::begin(int32_t label) const {
+  if (labels_ == 0) return begin_;
+  if (label < 0 || label >= labels_)
+    throw Error("the model is conditional: every recording needs one of its labels",
+                "--label NAME for all of them, --labels TABLE or --label-pattern REGEX");
+  return begin_ + 1 + label;
+}
+
+void FrontEnd::append(std::span<const uint8_t> codes, int64_t context, int32_t label,
+                      std::vector<int32_t>& tokens, std::vector<int32_t>& targets) const {
+  for (int64_t i = 0; i < prefix_; ++i) tokens.push_back(begin(label));
+  const int64_t uncounted = std::max<int64_t>(context, prefix_ > 0 ? 0 : 1);
+  for (int64_t i = 0; i < static_cast<int64_t>(codes.size()); ++i) {
+    tokens.push_back(token(codes[i], i));
+    if (i + prefix_ > 0)
+      targets.push_back(i >= uncounted && counted(tokens.back()) ? tokens.back() : -1);
+  }
+  targets.push_back(-1);  // nothing comes after the last code
+}
+
+std::vector<float> FrontEnd::losses(Backend& backend, const Model& model, View hidden,
+                                    const std::vector<int32_t>& targets) const {
+  const auto t = static_cast<int64_t>(targets.size());
+  const Tensor logits = lm_logits(backend, model, hidden);  // (t, v)
+  std::vector<float> all(targets.size());
+  for (const Softmax& part : softmaxes_) {
+    const std::vector<int32_t> inside =
+        targets_in(part, host_view(const_cast<int32_t*>(targets.data()), DType::i32, {t}));
+    Tensor loss(backend, DType::f32, {t}), kept_targets;
+    backend.run(CrossEntropy{
+        .logits = logits.view().columns(part.begin, part.count),
+        .targets = brought(backend, host_view(const_cast<int32_t*>(inside.data()), DType::i32, {t}),
+                           kept_targets),
+        .loss = loss});
+    std::vector<std::byte> kept;
+    const View host = on_host(backend, loss, kept);
+    for (int64_t i = 0; i < t; ++i) all[i] += host.as<float>()[i];
+  }
+  return all;
+}
+
+int64_t audio_vocabulary(const Config& config) {
+  constexpr int64_t kAligned = 16;
+  const int64_t needed =
+      config.predicted() + 1 + (config.condition ? static_cast<int64_t>(config.labels.size()) : 0);
+  return (needed + kAligned - 1) / kAligned * kAligned;
+}
+
+void check_front_end(const Config& config, const std::string& where) {
+  if (config.audio.rate > 0) return;
+  check(config.alphabet == "dna", "{}: reads alphabet '{}', expected 'dna'", where,
+        config.alphabet);
+  check(config.vocab > dna::kN, "{}: vocab_size is {}, expected at least {} for DNA", where,
+        config.vocab, dna::kN + 1);
+}
+
+}  // namespace coil
