@@ -57,7 +57,10 @@ std::string json_line(const Config& config, const Answer& answer, bool all) {
 // Answers and bases per class, printed at the end.
 class Summary {
  public:
-  explicit Summary(const Config& config) : config_(config), counts_(config.labels.size() + 1) {}
+  explicit Summary(const Config& config)
+      : config_(config),
+        counts_(config.labels.size() + 1),
+        unit_(config.audio.rate > 0 ? "samples" : "bases") {}
 
   void add(const Answer& answer) {
     Count& count = answer.label < 0 ? counts_.back() : counts_[answer.label];
@@ -70,7 +73,7 @@ class Summary {
   void print(const char* what) const {
     size_t width = 7;  // of "unknown"
     for (const std::string& label : config_.labels) width = std::max(width, label.size());
-    fmt::print(stderr, "{:<{}}  {:>12}  {:>16}  {:>7}\n", "class", width, what, "bases", "share");
+    fmt::print(stderr, "{:<{}}  {:>12}  {:>16}  {:>7}\n", "class", width, what, unit_, "share");
     for (size_t i = 0; i < counts_.size(); i++) {
       if (counts_[i].answers == 0) continue;
       row(i + 1 < counts_.size() ? config_.labels[i] : kUnknown, width, counts_[i]);
@@ -90,11 +93,13 @@ class Summary {
   const Config& config_;
   std::vector<Count> counts_;  // per class, then unknown
   Count total_;
+  const char* unit_;
 };
 
 struct Options {
   CommonOptions common;
   InputOptions input;
+  LabelChoice labels;  // trim alone
   EngineOptions engine{.strands = "both"};
   std::string model, out, tag_output, min_probability = "auto";
   Size window, stride;
@@ -110,7 +115,7 @@ po::options_description describe(Options& options) {
       ("json", po::bool_switch(&options.json), "JSON lines instead of a table")  //
       ("all", po::bool_switch(&options.all), "the probability of every class")   //
       ("window", po::value(&options.window)->value_name("SIZE"),
-       "an answer for every window of so many bases, each read on its own")  //
+       "an answer for every window of so many bases or samples, each read on its own")  //
       ("stride", po::value(&options.stride)->value_name("SIZE"),
        "from the begin of a window to the next; default: the window")               //
       ("per-file", po::bool_switch(&options.per_file), "an answer for every file")  //
@@ -122,7 +127,9 @@ po::options_description describe(Options& options) {
       ("tag-output", po::value(&options.tag_output)->value_name("FILE"),
        "SAM, BAM or CRAM in: write it again with tags YC:Z (label) and YP:f (probability); a table "
        "only "
-       "with -o");
+       "with -o")  //
+      ("trim", option(options.labels.trim, "DB"),
+       "audio: leave out begin and end below -DB of full scale; 0: nothing; auto: as in training");
   description.add(describe(options.input))
       .add(describe(options.engine))
       .add(describe(options.common));
@@ -187,10 +194,14 @@ int run_classify(int argc, char** argv) {
   const std::unique_ptr<Backend> backend = make_backend(options.common);
   const Config config = read_config(options.model);
   check_classifier(config, options.model);
+  const bool audio = config.audio.rate > 0;
+  if (audio && !options.tag_output.empty()) throw UsageError("--tag-output is for alignments");
+  settle_strands(config, values["strands"].defaulted(), options.engine.strands);
   how.stream = options.engine.resolve();
   how.stream.window = options.window;
   how.stream.stride = options.stride;
-  const std::unique_ptr<Source> source = open_inputs(options.input);
+  const std::unique_ptr<Source> source =
+      audio ? open_sounds(config, options.input, options.labels) : open_inputs(options.input);
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
 
   std::unique_ptr<TagWriter> tags;
@@ -223,6 +234,7 @@ int run_classify(int argc, char** argv) {
   summary.print(options.per_file       ? "files"
                 : options.input.paired ? "pairs"
                 : options.window != 0  ? "windows"
+                : audio                ? "recordings"
                                        : "records");
   return 0;
 }

@@ -1,9 +1,10 @@
-// coil eval: the metrics of a model on labelled data; bits per base of a language model.
+// coil eval: the metrics of a model on labelled data; bits per base or sample of a language model.
 
 #include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
+#include "apps/inputs.h"
 #include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "pipelines/batches.h"
@@ -21,6 +22,7 @@ struct EvalOptions {
   std::string sequence_column = "sequence", label_column = "label", table;
   Size window{0}, batch_tokens{0};
   std::string strands = "both";
+  LabelChoice labels;
   bool json = false;
   std::string out;
 };
@@ -32,7 +34,7 @@ po::options_description describe(EvalOptions& o) {
        "model folder; also as the first argument")  //
       ("data", po::value(&o.data)->value_name("DATA"),
        "CSV/TSV, a folder per class, or FASTA with --table; for a language model any of these, "
-       "FASTA, FASTQ, SAM or BAM")                                                                //
+       "FASTA, FASTQ, SAM or BAM. Of audio: recordings or a folder of them")                      //
       ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                        //
       ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                              //
       ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")          //
@@ -42,8 +44,11 @@ po::options_description describe(EvalOptions& o) {
        "rows computed at once; 0: by the size of the model")         //
       ("json", po::bool_switch(&o.json), "JSON instead of a table")  //
       ("output,o", option(o.out, "FILE"), "default: standard output");
+  options.add(describe(o.labels));
   return options;
 }
+
+const char* unit_of(const Config& config) { return config.audio.rate > 0 ? "sample" : "base"; }
 
 json number(double value) { return std::isfinite(value) ? json(value) : json(nullptr); }
 
@@ -51,7 +56,7 @@ std::string as_json(const Evaluation& evaluation, const Config& config) {
   const Metrics& m = evaluation.metrics;
   json out = {{"count", m.count}, {"loss", number(m.loss)}};
   if (config.objective == Objective::lm) {
-    out["bits_per_base"] = number(evaluation.bits_per_base);
+    out[fmt::format("bits_per_{}", unit_of(config))] = number(evaluation.bits_per_base);
     return out.dump(2) + "\n";
   }
   out["accuracy"] = m.accuracy;
@@ -72,9 +77,11 @@ std::string as_json(const Evaluation& evaluation, const Config& config) {
 
 std::string as_table(const Evaluation& evaluation, const Config& config) {
   const Metrics& m = evaluation.metrics;
+  const std::string unit = unit_of(config);
   if (config.objective == Objective::lm)
-    return fmt::format("bases          {}\nbits per base  {:.4f}\nloss (nats)    {:.4f}\n", m.count,
-                       evaluation.bits_per_base, m.loss);
+    return fmt::format("{1:<{0}}{2}\n{3:<{0}}{4:.4f}\n{5:<{0}}{6:.4f}\n", unit.size() + 11,
+                       unit + "s", m.count, "bits per " + unit, evaluation.bits_per_base,
+                       "loss (nats)", m.loss);
   std::string out = fmt::format(
       "examples  {}\naccuracy  {:.4f}\nmacro F1  {:.4f}\nMCC       {:.4f}\nAUROC     {:.4f}\nloss  "
       "    {:.4f}\n\n",
@@ -108,6 +115,27 @@ std::string as_table(const Evaluation& evaluation, const Config& config) {
   return out;
 }
 
+Examples dna(const EvalOptions& options, const Config& config) {
+  check(config.alphabet == "dna", "'{}': its alphabet is '{}', expected 'dna'", options.model,
+        config.alphabet);
+  return read_examples(options.data, {.sequence_column = options.sequence_column,
+                                      .label_column = options.label_column,
+                                      .table = options.table,
+                                      .min_length = options.window,
+                                      .max_length = options.window,
+                                      .labels = config.labels,
+                                      .labelled = config.objective == Objective::classify});
+}
+
+Examples recordings(const EvalOptions& options, const Config& config) {
+  const bool labelled = config.objective == Objective::classify || config.condition;
+  Examples all = read_recordings(recordings_of(config, options.data, options.labels, labelled),
+                                 reading_of(config, options.labels));
+  if (options.window > 0)
+    all.items = cut_windows(all.items, options.window, options.window, 0, FrontEnd(config).step());
+  return all;
+}
+
 }  // namespace
 
 int run_eval(int argc, char** argv) {
@@ -119,7 +147,7 @@ int run_eval(int argc, char** argv) {
   if (!parse(argc, argv, "eval [options] MODEL DATA…",
              "Measures a model on labelled data: accuracy, recall, macro-F1, MCC, AUROC and the "
              "confusion\n"
-             "matrix; bits per base of a language model.",
+             "matrix; bits per base or sample of a language model.",
              described, {"model", "data"}, true, values))
     return 0;
   if (options.model.empty()) throw UsageError("no model folder");
@@ -128,21 +156,13 @@ int run_eval(int argc, char** argv) {
     throw UsageError(fmt::format("--strands '{}': expected both or forward", options.strands));
 
   std::vector<std::string> read = options.data;
-  read.push_back(options.table);
+  read.insert(read.end(), {options.table, options.labels.table});
   check_outputs({options.out}, read);
   const auto backend = make_backend(common);
   const Model model = load_model(*backend, options.model, matrix_dtype(common));
   const Config& config = model.config;
-  check(config.alphabet == "dna", "'{}': its alphabet is '{}', expected 'dna'", options.model,
-        config.alphabet);
-  const Examples all =
-      read_examples(options.data, {.sequence_column = options.sequence_column,
-                                   .label_column = options.label_column,
-                                   .table = options.table,
-                                   .min_length = options.window,
-                                   .max_length = options.window,
-                                   .labels = config.labels,
-                                   .labelled = config.objective == Objective::classify});
+  const Examples all = config.audio.rate > 0 ? recordings(options, config) : dna(options, config);
+  if (config.audio.rate > 0) settle_strands(config, values["strands"].defaulted(), options.strands);
   const Evaluation evaluation =
       evaluate(*backend, model, all, all.items,
                {.batch_tokens = options.batch_tokens, .both_strands = options.strands == "both"});

@@ -28,9 +28,9 @@ po::options_description describe(InfoOptions& options) {
   po::options_description text("Options");
   text.add_options()  //
       ("model", po::value(&options.model)->value_name("MODEL"),
-       "a model folder, Coil's or Hugging Face's")                       //
-      ("length", option(options.length, "SIZE"), "bases of a sequence")  //
-      ("batch", option(options.batch, "COUNT"), "sequences at once")     //
+       "a model folder, Coil's or Hugging Face's")                                //
+      ("length", option(options.length, "SIZE"), "bases or steps of a sequence")  //
+      ("batch", option(options.batch, "COUNT"), "sequences at once")              //
       ("chunk", option(options.chunk, "SIZE"),
        "bases of a sequence at a time; 0: as classify and score choose")                    //
       ("train", po::bool_switch(&options.train), "plan for training instead of inference")  //
@@ -95,6 +95,16 @@ std::string objective_text(const Config& config) {
                      config.pooling == Pooling::mean ? "mean" : "last");
 }
 
+std::string front_end_text(const Config& config) {
+  if (config.audio.rate == 0) return config.alphabet.empty() ? "" : " · " + config.alphabet;
+  std::string text = fmt::format(
+      " · audio at {} Hz, {}", with_commas(config.audio.rate),
+      config.audio.codes == SampleCodes::pcm16 ? "16 bits, 2 steps a sample" : "8-bit mu-law");
+  if (config.audio.trim > 0) text += fmt::format(", trimmed at -{:g} dB", config.audio.trim);
+  return text +
+         (config.condition ? fmt::format(", given one of {} labels", config.labels.size()) : "");
+}
+
 std::string network_text(const Config& config) {
   return fmt::format("{} · d {} · e {} · n {} · conv {} · dt rank {} · vocabulary {}",
                      counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
@@ -115,10 +125,9 @@ MemoryRequest request_of(const InfoOptions& options, const Config& config) {
 std::string text_of(const Config& config, const SafetensorsReader& reader,
                     const std::vector<Group>& groups, const MemoryRequest& request,
                     const MemoryPlan& plan) {
-  std::string text =
-      fmt::format("model    {} · {}{}\nnetwork  {}\nfiles    {}\n", config.model_type,
-                  objective_text(config), config.alphabet.empty() ? "" : " · " + config.alphabet,
-                  network_text(config), fmt::join(reader.files(), " "));
+  std::string text = fmt::format("model    {} · {}{}\nnetwork  {}\nfiles    {}\n",
+                                 config.model_type, objective_text(config), front_end_text(config),
+                                 network_text(config), fmt::join(reader.files(), " "));
   if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
   for (const Config::Threshold& threshold : config.unknown)
     text += fmt::format("unknown  below {:.3f} at {} bases\n", threshold.probability,
@@ -147,7 +156,10 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
   row(total.name, "", "", total.tensors, with_commas(total.parameters), bytes_text(total.bytes));
 
   const std::string of =
-      fmt::format("{} × {} bases", with_commas(request.sequences), with_commas(request.length));
+      fmt::format("{} × {} {}", with_commas(request.sequences), with_commas(request.length),
+                  config.audio.rate == 0                     ? "bases"
+                  : config.audio.codes == SampleCodes::pcm16 ? "steps"
+                                                             : "samples");
   const auto line = [&](const char* name, int64_t bytes, const std::string& note) {
     text += fmt::format("{:<12}  {:>9}  {}\n", name, bytes_text(bytes), note);
   };
@@ -177,6 +189,12 @@ std::string json_of(const Config& config, const SafetensorsReader& reader,
   json["model_type"] = config.model_type;
   json["objective"] = config.objective == Objective::lm ? "lm" : "classify";
   json["alphabet"] = config.alphabet;
+  if (config.audio.rate > 0) {
+    json["audio"] = {{"rate", config.audio.rate},
+                     {"codes", config.audio.codes == SampleCodes::pcm16 ? "pcm16" : "mulaw"},
+                     {"trim", config.audio.trim},
+                     {"condition", config.condition}};
+  }
   if (config.objective == Objective::classify)
     json["pooling"] = config.pooling == Pooling::mean ? "mean" : "last";
   json["labels"] = config.labels;

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <sstream>
 
 #include "apps/command.h"
@@ -73,7 +75,8 @@ po::options_description describe(InputOptions& options) {
   po::options_description description("Input");
   description.add_options()  //
       ("input", po::value(&options.inputs)->value_name("FILE"),
-       "FASTA or FASTQ (plain, gzip, bgzip), SAM, BAM, CRAM; - is standard input")  //
+       "FASTA or FASTQ (plain, gzip, bgzip), SAM, BAM, CRAM; - is standard input. For a model of "
+       "audio: recordings (WAV, FLAC, OGG, MP3, AIFF, …) or folders of them")  //
       ("region", po::value(&options.regions)->value_name("REGION"),
        "only chr1:1,000-2,000 of one indexed FASTA (1-based, both ends in); may be repeated")  //
       ("bed", po::value(&options.bed)->value_name("FILE"), "only the regions of a BED file")   //
@@ -122,6 +125,75 @@ std::unique_ptr<Source> open_inputs(const InputOptions& options) {
   return chain(inputs.size(), open);
 }
 
+po::options_description describe(LabelChoice& choice) {
+  po::options_description description("Audio");
+  description.add_options()  //
+      ("label", po::value(&choice.label)->value_name("NAME"),
+       "conditional model: the label of all recordings")  //
+      ("labels", po::value(&choice.table)->value_name("FILE"),
+       "file<TAB>label of the recordings")  //
+      ("label-pattern", po::value(&choice.pattern)->value_name("REGEX"),
+       "the label is what its first group matches in a file's name")  //
+      ("trim", option(choice.trim, "DB"),
+       "leave out begin and end below -DB of full scale; 0: nothing; auto: as in training");
+  return description;
+}
+
+audio::Recordings recordings_of(const Config& config, const std::vector<std::string>& inputs,
+                                const LabelChoice& choice, bool labelled) {
+  if (inputs.empty()) throw UsageError("no INPUT given");
+  for (const std::string& input : inputs)
+    if (input == "-")
+      throw UsageError("audio is read from files, not from standard input",
+                       "give files or folders");
+  const bool one = !choice.label.empty();
+  audio::Recordings recordings = audio::list_recordings(inputs, {.labelled = labelled && !one,
+                                                                 .table = choice.table,
+                                                                 .pattern = choice.pattern,
+                                                                 .known = config.labels});
+  if (!labelled || !one) return recordings;
+  const auto place = std::find(config.labels.begin(), config.labels.end(), choice.label);
+  check(place != config.labels.end(), "--label '{}' is not one of the model's: {}", choice.label,
+        fmt::join(config.labels, ", "));
+  recordings.labels = config.labels;
+  for (audio::Recording& file : recordings.files)
+    file.label = static_cast<int32_t>(place - config.labels.begin());
+  return recordings;
+}
+
+audio::ReadOptions reading_of(const Config& config, const LabelChoice& choice) {
+  double trim = config.audio.trim;
+  if (choice.trim != "auto") {
+    char* end = nullptr;
+    trim = std::strtod(choice.trim.c_str(), &end);
+    if (choice.trim.empty() || *end != '\0' || !(trim >= 0 && trim <= 200))
+      throw UsageError(
+          fmt::format("--trim: '{}' is neither auto nor a number from 0 to 200", choice.trim));
+  }
+  return {.rate = config.audio.rate,
+          .codes = config.audio.codes,
+          .trim = trim,
+          .note = [](const std::string& text) { fmt::print(stderr, "{}\n", text); }};
+}
+
+std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& options,
+                                    const LabelChoice& choice) {
+  if (!options.regions.empty() || !options.bed.empty() || !options.reference.empty() ||
+      options.paired || options.alignments || options.secondary || options.supplementary)
+    throw UsageError(
+        "the model reads audio: --region, --bed, --reference, --paired and options of alignments "
+        "are for DNA");
+  return open_recordings(recordings_of(config, options.inputs, choice, config.condition),
+                         reading_of(config, choice));
+}
+
+void settle_strands(const Config& config, bool defaulted, std::string& strands) {
+  if (config.audio.rate == 0) return;
+  if (!defaulted && strands != "forward")
+    throw UsageError(fmt::format("--strands {}: audio has no other strand", strands));
+  strands = "forward";
+}
+
 std::vector<std::string> files_of(const InputOptions& options) {
   std::vector<std::string> files = options.inputs;
   files.push_back(options.bed);
@@ -135,9 +207,10 @@ po::options_description describe(EngineOptions& options) {
       ("strands", option(options.strands, "WHICH"),
        "both (averaged, twice the work) | forward | reverse")  //
       ("batch", option(options.batch, "SIZE"),
-       "bases computed at a time: auto keeps a layer's activations in the cache, or fills a GPU")  //
+       "bases or samples computed at a time: auto keeps a layer's activations in the cache, or "
+       "fills a GPU")  //
       ("chunk", option(options.chunk, "SIZE"),
-       "most bases of one sequence among them: auto is the batch");
+       "most of one sequence among them: auto is the batch");
   return description;
 }
 

@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "audio/dataset.h"
 #include "genomics/alignment.h"
+#include "model/config.h"
 #include "pipelines/stream.h"
 
 namespace coil {
@@ -23,6 +25,24 @@ struct InputOptions {
   AlignmentOptions alignment() const;
 };
 boost::program_options::options_description describe(InputOptions& options);
+
+// Of recordings, where the model is conditional or they are to be measured by class.
+struct LabelChoice {
+  std::string label;           // one for all
+  std::string table, pattern;  // audio::LabelOptions
+  std::string trim = "auto";   // dB; auto: as in training
+};
+boost::program_options::options_description describe(LabelChoice& choice);
+// Lists files and folders; `labelled`: with labels, which must be the model's.
+audio::Recordings recordings_of(const Config& config, const std::vector<std::string>& inputs,
+                                const LabelChoice& choice, bool labelled);
+audio::ReadOptions reading_of(const Config& config, const LabelChoice& choice);
+// Recordings for a model of audio, with labels where it is conditional. Throws where options of DNA
+// were given.
+std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& options,
+                                    const LabelChoice& choice);
+// Strands of a model of audio: forward. Throws where another one was asked for by name.
+void settle_strands(const Config& config, bool defaulted, std::string& strands);
 std::vector<std::string> files_of(const InputOptions& options);  // all that are read
 
 // Checks that every input can be opened, then opens them one after another as one stream. One that

@@ -18,9 +18,9 @@ namespace {
 using coil::Command;
 
 constexpr Command kCommands[] = {
-    {"Use a model", "classify", "label DNA records, windows, read pairs or files", true,
+    {"Use a model", "classify", "label DNA records, windows, read pairs, files; recordings", true,
      coil::run_classify},
-    {"Use a model", "score", "log-likelihood and bits per base of DNA", true, coil::run_score},
+    {"Use a model", "score", "log-likelihood: bits per base or sample", true, coil::run_score},
     {"Make a model", "train", "train a classifier or a language model", true, coil::run_train},
     {"Make a model", "eval", "metrics of a model on labelled data", true, coil::run_eval},
     {"Make a model", "calibrate", "thresholds below which classify says unknown", true,

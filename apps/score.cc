@@ -1,5 +1,5 @@
 // coil score MODEL INPUT…: log-likelihood and bits per base of each record under a language model
-// of DNA.
+// of DNA or audio.
 #include "pipelines/score.h"
 
 #include <cmath>
@@ -17,9 +17,10 @@ namespace po = boost::program_options;
 struct Options {
   CommonOptions common;
   InputOptions input;
+  LabelChoice labels;
   EngineOptions engine{.strands = "forward"};
   std::string model, out;
-  bool per_base = false, json = false;
+  bool per_base = false, per_second = false, json = false;
 };
 
 po::options_description describe(Options& options) {
@@ -31,8 +32,11 @@ po::options_description describe(Options& options) {
        "the table; default: standard output")                                    //
       ("json", po::bool_switch(&options.json), "JSON lines instead of a table")  //
       ("per-base", po::bool_switch(&options.per_base),
-       "bedGraph of the bits of every counted base instead of a table; forward strand only");
+       "bedGraph of the bits of every counted base instead of a table; forward strand only")  //
+      ("per-second", po::bool_switch(&options.per_second),
+       "audio: a line for every second of every recording instead of the table");
   description.add(describe(options.input))
+      .add(describe(options.labels))
       .add(describe(options.engine))
       .add(describe(options.common));
   return description;
@@ -43,18 +47,18 @@ std::string table_line(const Score& score) {
                      score.counted, score.log_likelihood, score.bits_per_base());
 }
 
-std::string json_line(const Score& score) {
+std::string json_line(const Score& score, const char* unit) {
   nlohmann::ordered_json line{{"name", score.name},
                               {"start", score.begin},
                               {"end", score.end},
-                              {"bases", nullptr},
+                              {fmt::format("{}s", unit), nullptr},
                               {"log_likelihood", score.log_likelihood},
-                              {"bits_per_base", score.bits_per_base()}};
+                              {fmt::format("bits_per_{}", unit), score.bits_per_base()}};
   // A whole number is written as one; both strands may count half a base.
   if (score.counted == std::floor(score.counted)) {
-    line["bases"] = static_cast<int64_t>(score.counted);
+    line[fmt::format("{}s", unit)] = static_cast<int64_t>(score.counted);
   } else {
-    line["bases"] = score.counted;
+    line[fmt::format("{}s", unit)] = score.counted;
   }
   return line.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + '\n';
 }
@@ -64,16 +68,19 @@ std::string json_line(const Score& score) {
 int run_score(int argc, char** argv) {
   Options options;
   po::variables_map values;
-  if (!parse(
-          argc, argv, "score MODEL INPUT... [-o OUT]",
-          "Log-likelihood of every record. Columns: name, start, end (0-based, half open), bases "
-          "(counted), log_likelihood (natural logarithm), bits_per_base.",
-          describe(options), {"model", "input"}, true, values)) {
+  if (!parse(argc, argv, "score MODEL INPUT... [-o OUT]",
+             "Log-likelihood of every record. Columns: name, start, end (0-based, half open), "
+             "bases or "
+             "samples (counted), log_likelihood (natural logarithm), bits_per_base or "
+             "bits_per_sample.",
+             describe(options), {"model", "input"}, true, values)) {
     return 0;
   }
   if (options.model.empty()) throw UsageError("no MODEL given");
   const Strands strands = parse_strands(options.engine.strands);
-  check_outputs({options.out}, files_of(options.input));
+  std::vector<std::string> read = files_of(options.input);
+  read.push_back(options.labels.table);
+  check_outputs({options.out}, read);
   if (options.per_base && (strands != Strands::forward || options.json)) {
     throw UsageError(
         "--per-base is bedGraph of the forward strand: it does not go with --json or other "
@@ -83,13 +90,24 @@ int run_score(int argc, char** argv) {
   const std::unique_ptr<Backend> backend = make_backend(options.common);
   const Config config = read_config(options.model);
   check_language_model(config, options.model);
-  const ScoreOptions how{.stream = options.engine.resolve(), .per_base = options.per_base};
-  const std::unique_ptr<Source> source = open_inputs(options.input);
+  const bool audio = config.audio.rate > 0, track = options.per_base || options.per_second;
+  if (audio ? options.per_base : options.per_second)
+    throw UsageError(audio ? "--per-base is for DNA: of audio, --per-second"
+                           : "--per-second is for audio: of DNA, --per-base");
+  if (options.per_second && options.json)
+    throw UsageError("--per-second is a table of its own: it does not go with --json");
+  settle_strands(config, values["strands"].defaulted(), options.engine.strands);
+  const char* const unit = audio ? "sample" : "base";
+  const ScoreOptions how{.stream = options.engine.resolve(), .per_base = track};
+  const std::unique_ptr<Source> source =
+      audio ? open_sounds(config, options.input, options.labels) : open_inputs(options.input);
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
 
   Output out(options.out);
-  if (!options.per_base && !options.json) {
-    out.write("name\tstart\tend\tbases\tlog_likelihood\tbits_per_base\n");
+  if (options.per_second) {
+    out.write("name\tstart\tend\tsamples\tbits_per_sample\n");
+  } else if (!track && !options.json) {
+    out.write(fmt::format("name\tstart\tend\t{0}s\tlog_likelihood\tbits_per_{0}\n", unit));
   }
   int64_t records = 0;
   double counted = 0, log_likelihood = 0;
@@ -101,15 +119,15 @@ int run_score(int argc, char** argv) {
           records += 1;
           counted += score.counted;
           log_likelihood += score.log_likelihood;
-          if (!options.per_base) out.write(options.json ? json_line(score) : table_line(score));
+          if (!track) out.write(options.json ? json_line(score, unit) : table_line(score));
         },
         [&](const std::string& text) { out.write(text); },
         [&](const Stream& stream) { progress(stream); });
   }
   out.close();
   const Score total{.counted = counted, .log_likelihood = log_likelihood};
-  fmt::print(stderr, "{} records, {:.15g} bases counted, {:.6f} bits per base\n", records, counted,
-             total.bits_per_base());
+  fmt::print(stderr, "{} {}, {:.15g} {}s counted, {:.6f} bits per {}\n", records,
+             audio ? "recordings" : "records", counted, unit, total.bits_per_base(), unit);
   return 0;
 }
 

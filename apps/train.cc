@@ -1,4 +1,5 @@
-// coil train: a classifier or a language model of DNA from labelled or plain sequences.
+// coil train: a classifier or a language model, of DNA from labelled or plain sequences or of audio
+// from a folder of recordings.
 
 #include <unistd.h>
 
@@ -56,6 +57,9 @@ constexpr const char* kText =
     "DATA is a CSV or TSV file with a sequence and a label column; or a folder with one folder of\n"
     "FASTA/FASTQ files per class; or FASTA files with --table; for lm any of these, or FASTA,\n"
     "FASTQ, SAM or BAM alone.\n"
+    "With --preset audio-… it is a folder of recordings (WAV, FLAC, OGG, MP3, AIFF, …) or such "
+    "files:\n"
+    "a language model unless --task classify says otherwise.\n"
     "The preset is applied first, every other option after. --resume goes on from the last "
     "checkpoint.";
 
@@ -103,7 +107,16 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
            .c_str())  //
       ("objective",
        choice(o.objective, {{"classify", Objective::classify}, {"lm", Objective::lm}}, "objective"),
-       "classify | lm")                                                                 //
+       "classify | lm")  //
+      ("task",
+       po::value<std::string>()
+           ->notifier([&o](const std::string& given) {
+             if (given != "classify" && given != "lm")
+               throw UsageError(fmt::format("--task '{}': expected classify or lm", given));
+             o.objective = given == "lm" ? Objective::lm : Objective::classify;
+           })
+           ->value_name("WHICH"),
+       "another name of --objective")                                                   //
       ("from", option(o.from, "MODEL"), "start from the weights of this model folder")  //
       ("d-model", size(o.d), "width")                                                   //
       ("layers", size(o.layers, "COUNT"), "layers")                                     //
@@ -116,9 +129,23 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                //
       ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                      //
       ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")  //
-      ("min-length", size(o.min_length), "windows: shortest; 0: as --max-length")         //
+      ("labels", option(o.labels, "FILE"), "audio: file<TAB>label of the recordings")     //
+      ("label-pattern", option(o.label_pattern, "REGEX"),
+       "audio: the label is what its first group matches in a file's name")  //
+      ("condition", flag(o.condition),
+       "audio: a language model of recordings given their label")                             //
+      ("rate", size(o.rate, "HZ"), "audio: recordings are resampled to it; 0: that of most")  //
+      ("codes", option(o.codes, "NAME"),
+       "audio: mulaw (8 bits) | pcm16 (16 bits, two codes a sample)")  //
+      ("trim",
+       po::value<double>(&o.trim)
+           ->default_value(o.trim, fmt::format("{:g}", o.trim))
+           ->implicit_value(60)
+           ->value_name("DB"),
+       "audio: leave out begin and end below -DB of full scale (60 where no number is given)")  //
+      ("min-length", size(o.min_length), "windows: shortest; 0: as --max-length")               //
       ("max-length", size(o.max_length),
-       "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024)")                   //
+       "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024, of audio 8192)")    //
       ("validation", option(o.validation, "PATH"), "file or folder; else a part is held out")  //
       ("validation-fraction", option(o.validation_fraction, "SHARE"),
        "held out where there is no --validation; 0: none")  //
@@ -128,14 +155,14 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        "the strand matters: no such augmentation")                                   //
       ("mutate", option(o.mutate, "SHARE"), "augmentation: substitutions per base")  //
       ("balance", flag(o.balance), "weigh classes inversely to their counts");
-  steps.add_options()                                                         //
-      ("epochs", option(o.epochs, "NUMBER"), "passes over the data")          //
-      ("steps", size(o.steps, "COUNT"), "instead of epochs; 0: from epochs")  //
-      ("batch-tokens", size(o.batch_tokens), "bases in a batch")              //
-      ("lr", option(o.lr, "NUMBER"), "peak learning rate")                    //
-      ("min-lr", option(o.min_lr, "SHARE"), "at the end, as a part of --lr")  //
-      ("warmup", option(o.warmup, "SHARE"), "part of all steps")              //
-      ("weight-decay", option(o.weight_decay, "NUMBER"), "AdamW's")           //
+  steps.add_options()                                                               //
+      ("epochs", option(o.epochs, "NUMBER"), "passes over the data")                //
+      ("steps", size(o.steps, "COUNT"), "instead of epochs; 0: from epochs")        //
+      ("batch-tokens", size(o.batch_tokens), "bases or codes of audio in a batch")  //
+      ("lr", option(o.lr, "NUMBER"), "peak learning rate")                          //
+      ("min-lr", option(o.min_lr, "SHARE"), "at the end, as a part of --lr")        //
+      ("warmup", option(o.warmup, "SHARE"), "part of all steps")                    //
+      ("weight-decay", option(o.weight_decay, "NUMBER"), "AdamW's")                 //
       ("clip", option(o.clip, "NUMBER"), "largest gradient norm; 0: none");
   run.add_options()                                                  //
       ("output,o", option(o.out, "MODEL"), "model folder to write")  //
@@ -204,13 +231,17 @@ int run_train(int argc, char** argv) {
   } else if (given.options.preset != base.preset) {  // from --config
     apply_preset(given.options.preset, base = {});
     if (!parse_over(argc, argv, base, given)) return 0;
+  } else if (!given.options.from.empty() && given.values["preset"].defaulted() &&
+             read_config(given.options.from).audio.rate > 0) {
+    apply_preset("audio-small", base = {});
+    if (!parse_over(argc, argv, base, given)) return 0;
   }
   TrainOptions& options = given.options;
   check(!options.resume || has_checkpoint(options.out) || !options.data.empty(),
         "'{}' holds no run to resume", options.out);
   if (options.data.empty()) throw UsageError("no data to train on");
   std::vector<std::string> read = options.data;
-  read.insert(read.end(), {options.validation, options.table});
+  read.insert(read.end(), {options.validation, options.table, options.labels});
   check_outputs({options.log}, read);
   if (matrix_dtype(given.common) == DType::bf16 &&
       device_of(given.common).kind == Device::Kind::cpu)
@@ -225,6 +256,10 @@ int run_train(int argc, char** argv) {
                                    options.preset, preset.d, counted(preset.layers, "layer"),
                                    options.from, config.d, counted(layers, "layer")),
                        "leave --preset out: the network is that of --from, --lr the learning rate");
+    if (options.audio != (config.audio.rate > 0))
+      throw UsageError(fmt::format("'{}' is a model of {}, the preset '{}' of {}", options.from,
+                                   config.audio.rate > 0 ? "audio" : "DNA", options.preset,
+                                   options.audio ? "audio" : "DNA"));
     const auto same = [&](const char* name, int64_t& member, int64_t value) {
       check(given.values[name].defaulted() || member == value, "--{} {}: '{}' has {}", name, member,
             options.from, value);
@@ -233,6 +268,14 @@ int run_train(int argc, char** argv) {
     same("d-model", options.d, config.d);
     same("layers", options.layers, layers);
     same("state", options.n, config.n);
+    if (options.audio) {
+      same("rate", options.rate, config.audio.rate);
+      const std::string codes = config.audio.codes == SampleCodes::pcm16 ? "pcm16" : "mulaw";
+      check(given.values["codes"].defaulted() || options.codes == codes, "--codes {}: '{}' has {}",
+            options.codes, options.from, codes);
+      options.codes = codes;
+      if (given.values["trim"].defaulted()) options.trim = config.audio.trim;
+    }
   }
 
   Signals signals;  // before the backend, whose threads inherit what is blocked

@@ -17,7 +17,7 @@ namespace {
 
 // Streams of random numbers; the network's initialisation uses others.
 constexpr uint32_t kOrderStream = 101, kDrawStream = 102, kAugmentStream = 103,
-                   kHoldOutStream = 104, kCutStream = 105;
+                   kHoldOutStream = 104, kCutStream = 105, kHoldOutNameStream = 106;
 // A record is held out in part if a tenth of it still gives several windows, else as a whole.
 constexpr int64_t kStretchWindows = 20;
 constexpr int kTries = 16;  // draws before a window that is mostly N is taken all the same
@@ -46,17 +46,17 @@ std::vector<Example> whole_records(const Examples& all) {
 }
 
 std::vector<Example> cut_windows(std::span<const Example> stretches, int64_t min_length,
-                                 int64_t max_length, uint64_t seed) {
+                                 int64_t max_length, uint64_t seed, int64_t step) {
   std::vector<Example> windows;
   Philox random(seed, kCutStream, 0);
   for (const Example& stretch : stretches) {
     const int64_t end = stretch.begin + stretch.length;
     int64_t at = stretch.begin;
     do {  // a stretch shorter than a window is one
-      const int64_t length = std::min(end - at, draw_length(min_length, max_length, random));
+      const int64_t length = std::min(end - at, step * draw_length(min_length, max_length, random));
       windows.push_back({stretch.record, at, length, stretch.label});
       at += length;
-    } while (end - at >= min_length);
+    } while (end - at >= step * min_length);
   }
   return windows;
 }
@@ -110,6 +110,37 @@ Partition partition(Examples& all, double fraction, int64_t min_length, int64_t 
   return parts;
 }
 
+Partition partition_records(const Examples& all, double fraction, int64_t min_length,
+                            int64_t max_length, int64_t step, uint64_t seed) {
+  struct Drawn {
+    uint64_t number;
+    Example record;
+  };
+  std::map<int32_t, std::vector<Drawn>> by_class;
+  for (const Example& record : whole_records(all)) {
+    uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+    for (const unsigned char c : all.names[record.record]) hash = (hash ^ c) * 0x100000001b3;
+    Philox random(seed, kHoldOutNameStream, hash);
+    by_class[record.label].push_back({random.next(), record});
+  }
+  Partition parts;
+  for (auto& [label, group] : by_class) {
+    std::stable_sort(group.begin(), group.end(),
+                     [](const Drawn& a, const Drawn& b) { return a.number < b.number; });
+    const auto n = static_cast<int64_t>(group.size());
+    const int64_t wanted =
+        fraction > 0 ? std::max<int64_t>(1, std::llround(fraction * static_cast<double>(n))) : 0;
+    for (int64_t i = 0; i < n; ++i)
+      (i < std::min(wanted, n - 1) ? parts.held_out : parts.train).push_back(group[i].record);
+  }
+  const auto in_order = [](const Example& a, const Example& b) { return a.record < b.record; };
+  std::sort(parts.train.begin(), parts.train.end(), in_order);
+  std::sort(parts.held_out.begin(), parts.held_out.end(), in_order);
+  if (max_length > 0)
+    parts.held_out = cut_windows(parts.held_out, min_length, max_length, seed, step);
+  return parts;
+}
+
 std::vector<Example> thin(std::vector<Example> items, int64_t tokens) {
   int64_t total = 0;
   for (const Example& item : items) total += item.length;
@@ -127,18 +158,16 @@ std::vector<Example> thin(std::vector<Example> items, int64_t tokens) {
   return kept;
 }
 
-void Batch::add(std::span<const uint8_t> codes, int32_t label, Objective objective) {
-  pieces.push_back(
-      {.begin = static_cast<int64_t>(ids.size()), .length = static_cast<int64_t>(codes.size())});
-  ids.insert(ids.end(), codes.begin(), codes.end());
-  if (objective == Objective::classify) {
-    targets.push_back(label);
-    return;
-  }
-  for (size_t i = 1; i <= codes.size(); ++i) {
-    const bool counted = i < codes.size() && codes[i] >= dna::kA && codes[i] <= dna::kT;
-    targets.push_back(counted ? codes[i] : -1);
-  }
+void Batch::add(std::span<const uint8_t> codes, int32_t label, Objective objective,
+                const FrontEnd& front, int64_t context) {
+  const auto begin = static_cast<int64_t>(ids.size());
+  const size_t before = targets.size();
+  front.append(codes, context, label, ids, targets);
+  pieces.push_back({.begin = begin, .length = static_cast<int64_t>(ids.size()) - begin});
+  this->codes += static_cast<int64_t>(codes.size()) - context;
+  if (objective == Objective::lm) return;
+  targets.resize(before);
+  targets.push_back(label);
 }
 
 Batches::Batches(const Examples& all, std::vector<Example> train, const BatchOptions& options)
@@ -147,12 +176,13 @@ Batches::Batches(const Examples& all, std::vector<Example> train, const BatchOpt
   if (options_.max_length == 0) {
     for (const Example& item : train_)
       if (item.length > options_.batch_tokens)
-        throw Error(fmt::format("record '{}' has {} bases, more than a batch of {} holds",
-                                all_.names[item.record], item.length, options_.batch_tokens),
+        throw Error(fmt::format("record '{}' has {} {}s, more than a batch of {} holds",
+                                all_.names[item.record], item.length / options_.front.step(),
+                                options_.front.unit(), options_.batch_tokens),
                     "cut windows with --max-length, or raise --batch-tokens");
     return;
   }
-  if (options_.max_length > options_.batch_tokens)
+  if (options_.max_length * options_.front.step() > options_.batch_tokens)
     throw Error(fmt::format("--max-length {} is more than a batch of {} tokens holds",
                             options_.max_length, options_.batch_tokens),
                 "raise --batch-tokens");
@@ -191,13 +221,14 @@ void Batches::draw_records(int64_t step, Batch& batch) {
       order_epoch_ = epoch;
     }
     const Example& item = train_[order_[next]];
-    if (static_cast<int64_t>(batch.ids.size()) + item.length > options_.batch_tokens) return;
+    if (batch.codes + item.length > options_.batch_tokens) return;
     add(batch, item, augment);
     ++next;
   }
 }
 
 void Batches::draw_windows(int64_t step, Batch& batch) const {
+  const int64_t unit = options_.front.step();  // codes of a base or sample: windows hold whole ones
   Philox random(options_.seed, kDrawStream, static_cast<uint64_t>(step));
   Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
   while (true) {
@@ -209,26 +240,28 @@ void Batches::draw_windows(int64_t step, Batch& batch) const {
           std::upper_bound(pool.ends.begin(), pool.ends.end(), at) - pool.ends.begin();
       const Example& stretch = pool.stretches[which];
       const int64_t drawn = draw_length(options_.min_length, options_.max_length, random);
-      const int64_t length = std::min(stretch.length, drawn);
-      window = {stretch.record,
-                stretch.begin + static_cast<int64_t>(random.below(stretch.length - length + 1)),
+      const int64_t length = std::min(stretch.length, unit * drawn);
+      const auto places = static_cast<uint64_t>((stretch.length - length) / unit + 1);
+      window = {stretch.record, stretch.begin + unit * static_cast<int64_t>(random.below(places)),
                 length, stretch.label};
+      if (options_.front.audio()) break;
       const auto from = all_.codes[window.record].begin() + window.begin;
       if (2 * std::count(from, from + length, dna::kN) <= length) break;
     }
-    const int64_t left = options_.batch_tokens - static_cast<int64_t>(batch.ids.size());
+    const int64_t left = (options_.batch_tokens - batch.codes) / unit * unit;
     if (window.length > left) {  // cut to fit, or the batch is full
-      if (left < options_.min_length) return;
+      if (left < unit * options_.min_length) return;
       window.length = left;
     }
     add(batch, window, augment);
-    if (static_cast<int64_t>(batch.ids.size()) == options_.batch_tokens) return;
+    if (batch.codes + unit > options_.batch_tokens) return;
   }
 }
 
 void Batches::add(Batch& batch, const Example& item, Philox& random) const {
+  const int64_t context = options_.front.context(item);
   const auto from = all_.codes[item.record].begin() + item.begin;
-  std::vector<uint8_t> codes(from, from + item.length);
+  std::vector<uint8_t> codes(from - context, from + item.length);
   if (options_.reverse_complement && (random.next() & 1)) dna::reverse_complement(codes);
   if (options_.mutate > 0) {
     for (uint8_t& code : codes) {
@@ -237,7 +270,7 @@ void Batches::add(Batch& batch, const Example& item, Philox& random) const {
                                   (code - dna::kA + 1 + random.below(3)) % 4);  // another base
     }
   }
-  batch.add(codes, item.label, options_.objective);
+  batch.add(codes, item.label, options_.objective, options_.front, context);
 }
 
 }  // namespace coil

@@ -11,6 +11,7 @@
 #include "kernels/tensor.h"
 #include "model/batch.h"
 #include "model/config.h"
+#include "pipelines/front_end.h"
 
 namespace coil {
 
@@ -23,27 +24,36 @@ struct Partition {
 // lengths; sets of short records are split by record. fraction 0: everything is for training.
 Partition partition(Examples& all, double fraction, int64_t min_length, int64_t max_length,
                     uint64_t seed);
-// The stretches and windows of a set of its own.
+// The same with whole records held out, some of each class: recordings are split by file. Which,
+// the names of the records say, so that one more or less moves no other one.
+Partition partition_records(const Examples& all, double fraction, int64_t min_length,
+                            int64_t max_length, int64_t step, uint64_t seed);
+// The stretches and windows of a set of its own. Lengths in bases or samples of `step` codes.
 std::vector<Example> whole_records(const Examples& all);
 std::vector<Example> cut_windows(std::span<const Example> stretches, int64_t min_length,
-                                 int64_t max_length, uint64_t seed);
+                                 int64_t max_length, uint64_t seed, int64_t step = 1);
 // At most `tokens` in all (0: no limit), taken evenly.
 std::vector<Example> thin(std::vector<Example> items, int64_t tokens);
 
 struct Batch {
   std::vector<int32_t> ids;      // (t)
   std::vector<int32_t> targets;  // lm: (t), the next id, -1 not counted; classify: (m)
+  int64_t codes = 0;             // of the sequences; ids has what a front end adds to them too
   std::vector<Piece> pieces;
   int64_t epoch = 0, next = 0;  // the cursor after it
-  void add(std::span<const uint8_t> codes, int32_t label, Objective objective);
+  // The first `context` codes are of a window's past: see FrontEnd::append.
+  void add(std::span<const uint8_t> codes, int32_t label, Objective objective,
+           const FrontEnd& front = FrontEnd(), int64_t context = 0);
 };
 
 struct BatchOptions {
   Objective objective = Objective::classify;
-  int64_t batch_tokens = 16384, min_length = 0, max_length = 0;
+  int64_t batch_tokens = 16384;            // codes
+  int64_t min_length = 0, max_length = 0;  // bases or samples
   bool reverse_complement = true;
   double mutate = 0;
   uint64_t seed = 1;
+  FrontEnd front = {};
 };
 
 class Batches {

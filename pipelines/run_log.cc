@@ -48,7 +48,7 @@ std::string describe(const RunPoint& point, Objective objective) {
     if (objective == Objective::classify)
       line += fmt::format("  acc {:.4f}  mcc {:.4f}  auroc {:.4f}", m.accuracy, m.mcc, m.auroc);
     else
-      line += fmt::format("  bits/base {:.4f}", point.validation.bits_per_base);
+      line += fmt::format("  bits/{} {:.4f}", point.unit, point.validation.bits_per_base);
   }
   line += fmt::format("  {:.1f}k tok/s  ETA {}", point.tokens_per_second / 1000,
                       duration(point.seconds_left));
@@ -75,7 +75,7 @@ std::string to_json(const RunPoint& point, Objective objective) {
       out["mcc"] = number(m.mcc);
       out["auroc"] = number(m.auroc);
     } else {
-      out["bits_per_base"] = number(point.validation.bits_per_base);
+      out[fmt::format("bits_per_{}", point.unit)] = number(point.validation.bits_per_base);
     }
   }
   return out.dump();
@@ -107,33 +107,44 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
   const bool lm = config.objective == Objective::lm;
   const Metrics& m = facts.best.validation.metrics;
   std::string card = "# A Coil model\n\n";
+  const bool audio = config.audio.rate > 0;
+  const char* const unit = facts.best.unit;
   if (lm) {
-    card += "A language model of DNA: predicts each base from those before it.\n";
+    card += fmt::format("A language model of {}: predicts each {} from those before it.\n",
+                        audio ? "audio" : "DNA", unit);
   } else {
-    card += fmt::format("Classifies DNA sequences into {} classes: {}.\n", config.labels.size(),
-                        fmt::join(config.labels, ", "));
+    card +=
+        fmt::format("Classifies {} into {} classes: {}.\n", audio ? "recordings" : "DNA sequences",
+                    config.labels.size(), fmt::join(config.labels, ", "));
   }
+  if (config.condition)
+    card += fmt::format("Each recording has one of {} labels: {}.\n", config.labels.size(),
+                        fmt::join(config.labels, ", "));
   card += fmt::format(
       "\n| | |\n|---|---|\n| network | Mamba, {} layers, d {}, n {}, {} parameters |\n"
       "| made with | coil {} train |\n| data | {} |\n| training | {}, {} |\n",
       config.layers.size(), config.d, config.n, with_commas(parameters(config)), COIL_VERSION,
       fmt::join(options.data, ", "), counted(facts.train_examples, "example"),
-      counted(facts.train_bases, "base"));
+      counted(facts.train_bases, unit));
+  if (audio)
+    card += fmt::format("| audio | {} Hz, one channel, {} |\n", config.audio.rate,
+                        config.audio.codes == SampleCodes::pcm16 ? "16 bits" : "8-bit mu-law");
   const bool validated = facts.held_out > 0;
   if (validated)
     card += fmt::format("| validation | {}: {}, {} |\n",
                         options.validation.empty()
                             ? fmt::format("{:g} of the data held out", options.validation_fraction)
                             : options.validation,
-                        counted(facts.held_out, "example"), counted(facts.held_out_bases, "base"));
+                        counted(facts.held_out, "example"), counted(facts.held_out_bases, unit));
   if (options.max_length > 0)
-    card += fmt::format("| windows | {} to {} bases |\n", options.min_length, options.max_length);
+    card +=
+        fmt::format("| windows | {} to {} {}s |\n", options.min_length, options.max_length, unit);
   card += fmt::format("| this model | step {} of {}, {} |\n", facts.best.step, facts.best.steps,
                       validated ? fmt::format("best validation {}", facts.metric)
                                 : "the last; there was no validation set");
   if (m.count > 0 && lm)
-    card +=
-        fmt::format("| validation | {:.4f} bits per base |\n", facts.best.validation.bits_per_base);
+    card += fmt::format("| validation | {:.4f} bits per {} |\n",
+                        facts.best.validation.bits_per_base, unit);
   if (m.count > 0 && !lm)
     card += fmt::format("| validation | accuracy {:.4f}, MCC {:.4f}, AUROC {:.4f}, loss {:.4f} |\n",
                         m.accuracy, m.mcc, m.auroc, m.loss);

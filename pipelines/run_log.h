@@ -12,6 +12,7 @@ namespace coil {
 
 // One evaluation.
 struct RunPoint {
+  const char* unit = "base";                // or "sample"
   int64_t step = 0, steps = 0, tokens = 0;  // tokens trained on so far
   double train_loss = 0;                    // mean since the evaluation before
   double learning_rate = 0, tokens_per_second = 0, seconds = 0, seconds_left = 0;

@@ -19,11 +19,11 @@
 #include <optional>
 
 #include "genomics/alphabet.h"
-#include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "pipelines/batches.h"
 #include "pipelines/run_log.h"
+#include "pipelines/training_data.h"
 
 namespace coil {
 namespace {
@@ -34,7 +34,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr double kExploded = 100;             // times the loss of guessing
 constexpr int64_t kEvaluations = 20;          // in a run, unless asked otherwise
-constexpr int64_t kDefaultWindow = 1024;      // of language modelling
 constexpr int64_t kPartRows = 4096;           // on a CPU; larger is not faster
 constexpr int64_t kDevicePartRows = 131'072;  // on a GPU: more would cost memory, not save time
 
@@ -42,26 +41,29 @@ double seconds_since(Clock::time_point start) {
   return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// FNV-1a over what is trained and validated on: a resumed run must see the same data, wherever it
-// lies now.
-uint64_t fingerprint(const Examples& all, uint64_t hash = 0xcbf29ce484222325) {
-  const auto mix = [&](const void* data, size_t bytes) {
-    const auto* at = static_cast<const uint8_t*>(data);
-    for (size_t i = 0; i < bytes; ++i) hash = (hash ^ at[i]) * 0x100000001b3;
+// What only one kind of data has.
+void check_audio(const TrainOptions& o) {
+  const auto refuse = [](bool given, const char* option, const char* preset) {
+    if (given)
+      throw UsageError(fmt::format("--{} is for {}", option, preset[0] == 'd' ? "DNA" : "audio"),
+                       fmt::format("--preset {} says so", preset));
   };
-  for (const auto& codes : all.codes) mix(codes.data(), codes.size());
-  for (const auto& label : all.labels) mix(label.c_str(), label.size() + 1);
-  for (const Example& item : all.items) {
-    const int64_t fields[] = {item.record, item.begin, item.length, item.label};
-    mix(fields, sizeof fields);
+  parse_codes(o.codes);
+  if (o.audio) {
+    refuse(o.mutate > 0, "mutate", "dna-small");
+    refuse(!o.table.empty(), "table", "dna-small");
+    if (o.condition && o.objective != Objective::lm)
+      throw UsageError("--condition is for a language model: it does not go with --task classify");
+    if (o.balance && o.objective == Objective::lm)
+      throw UsageError("--balance is for a classifier");
+  } else {
+    refuse(o.rate > 0, "rate", "audio-small");
+    refuse(o.codes != "mulaw", "codes", "audio-small");
+    refuse(o.trim > 0, "trim", "audio-small");
+    refuse(o.condition, "condition", "audio-small");
+    refuse(!o.labels.empty(), "labels", "audio-small");
+    refuse(!o.label_pattern.empty(), "label-pattern", "audio-small");
   }
-  return hash;
-}
-
-int64_t bases(std::span<const Example> items) {
-  int64_t total = 0;
-  for (const Example& item : items) total += item.length;
-  return total;
 }
 
 void check_ranges(const TrainOptions& o) {
@@ -87,6 +89,9 @@ void check_ranges(const TrainOptions& o) {
   within("mutate", o.mutate, 0, 1);
   within("validation-fraction", o.validation_fraction, 0, 0.5);
   within("max-minutes", o.max_minutes, 0, kAny);
+  within("trim", o.trim, 0, 200);
+  within("rate", static_cast<double>(o.rate), 0, 1 << 24);
+  check_audio(o);
 }
 
 // What a checkpoint keeps beside weights and moments.
@@ -126,6 +131,17 @@ class Trainer {
   }
   int interrupted() const { return hooks_.interrupted ? hooks_.interrupted() : 0; }
   bool lm() const { return options_.objective == Objective::lm; }
+  int64_t bases(std::span<const Example> items) const {  // or samples
+    int64_t total = 0;
+    for (const Example& item : items) total += item.length;
+    return total / front_.step();
+  }
+  // Since the last evaluation: per example, base or sample.
+  double mean_loss() const {
+    const double of_codes =
+        progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0;
+    return lm() ? of_codes * static_cast<double>(front_.step()) : of_codes;
+  }
   // What forward and backward read: the weights, or their copy in bf16.
   const Model& computing() const { return rounded_ ? *rounded_ : model_; }
 
@@ -148,8 +164,8 @@ class Trainer {
   Backend& backend_;
   TrainOptions options_;
   const TrainHooks& hooks_;
-  Examples all_, validation_;
-  Partition parts_;  // held_out refers to validation_ where --validation is given, else to all_
+  TrainingData data_;
+  FrontEnd front_;
   std::unique_ptr<Batches> batches_;
   std::future<Batch> ahead_;  // of the next step
   std::vector<float> class_weights_;
@@ -165,7 +181,6 @@ class Trainer {
   std::deque<Report> reports_;  // of steps whose numbers were not read yet
   std::unique_ptr<RunLog> log_;
   Progress progress_;
-  std::string data_hash_;
   int64_t step_ = 0, first_step_ = 0;  // first_step_: where this sitting began
   Clock::time_point started_ = Clock::now(), rate_start_;
   double seconds_before_ = 0;  // of earlier sittings
@@ -190,55 +205,18 @@ void Trainer::check_folder() const {
 }
 
 void Trainer::read_data() {
-  if (lm() && options_.max_length == 0) options_.max_length = kDefaultWindow;
-  if (options_.max_length > 0 && options_.min_length == 0)
-    options_.min_length = options_.max_length;
-  if (options_.min_length > options_.max_length)
-    throw UsageError(options_.max_length == 0
-                         ? "--min-length needs --max-length: without it records are read whole"
-                         : fmt::format("--min-length {} is more than --max-length {}",
-                                       options_.min_length, options_.max_length));
-  DatasetOptions dataset{.sequence_column = options_.sequence_column,
-                         .label_column = options_.label_column,
-                         .table = options_.table,
-                         .min_length = options_.min_length,
-                         .max_length = options_.max_length,
-                         .labels = {},
-                         .labelled = !lm()};
-  all_ = read_examples(options_.data, dataset);
-  const double fraction = options_.validation.empty() ? options_.validation_fraction : 0;
-  parts_ = partition(all_, fraction, options_.min_length, options_.max_length, options_.seed);
-  uint64_t hash = fingerprint(all_);
-  if (!options_.validation.empty()) {
-    dataset.labels = all_.labels;
-    validation_ = read_examples({options_.validation}, dataset);
-    hash = fingerprint(validation_, hash);
-    parts_.held_out = options_.max_length == 0
-                          ? validation_.items
-                          : cut_windows(whole_records(validation_), options_.min_length,
-                                        options_.max_length, options_.seed);
-  }
-  data_hash_ = fmt::format("{:016x}", hash);
-  parts_.held_out = thin(std::move(parts_.held_out), options_.validation_tokens);
-  check(!parts_.train.empty(), "no training examples are left beside the validation set");
-  batches_ =
-      std::make_unique<Batches>(all_, parts_.train,
-                                BatchOptions{.objective = options_.objective,
-                                             .batch_tokens = options_.batch_tokens,
-                                             .min_length = options_.min_length,
-                                             .max_length = options_.max_length,
-                                             .reverse_complement = options_.reverse_complement,
-                                             .mutate = options_.mutate,
-                                             .seed = options_.seed});
+  data_ = read_training_data(options_, [this](const std::string& text) { say(text); });
+  check(!data_.parts.train.empty(), "no training examples are left beside the validation set");
 }
 
 Config Trainer::network() const {
   Config config;
   if (!options_.from.empty()) {
     config = read_config(options_.from);
-    check(config.alphabet == "dna" && config.vocab == dna::kVocab,
-          "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
-          config.alphabet, config.vocab, dna::kVocab);
+    if (!options_.audio)
+      check(config.alphabet == "dna" && config.vocab == dna::kVocab,
+            "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
+            config.alphabet, config.vocab, dna::kVocab);
   } else {
     config.d = options_.d;
     config.e = 2 * options_.d;
@@ -246,11 +224,19 @@ Config Trainer::network() const {
     config.dt_rank = (options_.d + 15) / 16;
     config.layers.assign(options_.layers, LayerConfig{});
   }
-  config.vocab = dna::kVocab;
-  config.alphabet = "dna";
   config.objective = options_.objective;
   config.pooling = options_.pooling;
-  config.labels = all_.labels;
+  config.labels = data_.all.labels;
+  config.condition = options_.condition;
+  if (options_.audio) {
+    config.audio = {
+        .rate = options_.rate, .codes = parse_codes(options_.codes), .trim = options_.trim};
+    const int64_t vocab = audio_vocabulary(config);
+    config.vocab = options_.from.empty() ? vocab : std::max(config.vocab, vocab);
+  } else {
+    config.vocab = dna::kVocab;
+    config.alphabet = "dna";
+  }
   config.unknown.clear();
   return config;
 }
@@ -281,8 +267,19 @@ void Trainer::begin() {
   check_ranges(options_);
   check_folder();
   read_data();
-  resolve();
   const Config config = network();
+  front_ = FrontEnd(config);
+  batches_ =
+      std::make_unique<Batches>(data_.all, data_.parts.train,
+                                BatchOptions{.objective = options_.objective,
+                                             .batch_tokens = options_.batch_tokens,
+                                             .min_length = options_.min_length,
+                                             .max_length = options_.max_length,
+                                             .reverse_complement = options_.reverse_complement,
+                                             .mutate = options_.mutate,
+                                             .seed = options_.seed,
+                                             .front = front_});
+  resolve();
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());
   options_.n = config.n;
@@ -298,13 +295,14 @@ void Trainer::begin() {
       OptimizerOptions{
           .lr = options_.lr, .weight_decay = options_.weight_decay, .clip = options_.clip});
 
-  say(fmt::format("{} ({}), {} for validation ({}){}",
-                  counted(static_cast<int64_t>(parts_.train.size()), "training example"),
-                  counted(bases(parts_.train), "base"),
-                  with_commas(static_cast<int64_t>(parts_.held_out.size())),
-                  counted(bases(parts_.held_out), "base"),
-                  lm() ? "" : fmt::format(", {} classes", all_.labels.size())));
-  if (parts_.held_out.empty())
+  say(fmt::format(
+      "{} ({}), {} for validation ({}){}",
+      counted(static_cast<int64_t>(data_.parts.train.size()), "training example"),
+      counted(bases(data_.parts.train), front_.unit()),
+      with_commas(static_cast<int64_t>(data_.parts.held_out.size())),
+      counted(bases(data_.parts.held_out), front_.unit()),
+      data_.all.labels.empty() ? "" : fmt::format(", {} classes", data_.all.labels.size())));
+  if (data_.parts.held_out.empty())
     say("note: nothing is held out to validate with: the last model is kept");
   say(fmt::format("{}, d {}, n {}: {}; {} of {}, learning rate {:g}, {}",
                   counted(options_.layers, "layer"), options_.d, options_.n,
@@ -312,11 +310,11 @@ void Trainer::begin() {
                   counted(options_.batch_tokens, "token"), options_.lr,
                   counted(options_.threads, "thread")));
   if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
-    std::vector<double> counts(all_.labels.size(), 0);
-    for (const Example& item : parts_.train) counts[item.label] += 1;
+    std::vector<double> counts(data_.all.labels.size(), 0);
+    for (const Example& item : data_.parts.train) counts[item.label] += 1;
     for (const double count : counts)
       class_weights_.push_back(
-          static_cast<float>(static_cast<double>(parts_.train.size()) /
+          static_cast<float>(static_cast<double>(data_.parts.train.size()) /
                              (static_cast<double>(counts.size()) * std::max(1.0, count))));
   }
   if (options_.resume && has_checkpoint(options_.out)) {
@@ -350,9 +348,9 @@ void Trainer::restore() {
     throw Error(
         fmt::format("'{}' was trained with other options: {}", options_.out, other),
         "resume with the same options (none need be given), or name another folder with -o");
-  check(cursor.at("data") == data_hash_,
+  check(cursor.at("data") == data_.fingerprint,
         "the data differ from those that '{}' was trained on (fingerprint {} then, {} now)",
-        options_.out, cursor.at("data").get<std::string>(), data_hash_);
+        options_.out, cursor.at("data").get<std::string>(), data_.fingerprint);
   load_checkpoint(backend_, options_.out, model_, *optimizer_);
   step_ = first_step_ = kept.step;
   progress_ = {.best_metric = cursor.at("best_metric"),
@@ -402,13 +400,11 @@ int Trainer::loop() {
     if (hooks_.progress && seconds_since(shown) > 0.5) {
       shown = Clock::now();
       const double rate = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
-      hooks_.progress(
-          fmt::format("step {}/{}  loss {:.4f}  {:.1f}k tok/s", step_, options_.steps,
-                      progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0.0,
-                      rate / 1000));
+      hooks_.progress(fmt::format("step {}/{}  loss {:.4f}  {:.1f}k tok/s", step_, options_.steps,
+                                  mean_loss(), rate / 1000));
     }
   }
-  if (parts_.held_out.empty())
+  if (data_.parts.held_out.empty())
     say(fmt::format("no validation set: the model of step {} is kept: {}", progress_.best_step,
                     options_.out));
   else if (progress_.best_step >= 0)
@@ -489,8 +485,9 @@ void Trainer::settle(size_t left) {
     const double* const numbers = report.numbers->wait().as<double>();
     const double sum = numbers[0], norm = std::sqrt(numbers[1]);
     const double mean = report.weight > 0 ? sum / report.weight : 0;
-    const double guess = std::log(
-        static_cast<double>(lm() ? dna::kVocab : std::max<int64_t>(2, all_.labels.size())));
+    const int64_t choices = !lm() ? std::max<int64_t>(2, data_.all.labels.size())
+                                  : softmaxes(model_.config).front().count;
+    const double guess = std::log(static_cast<double>(choices));
     if (!std::isfinite(mean) || mean > kExploded * guess)
       exploded(report.step, fmt::format("the loss is {:g}", mean));
     if (!std::isfinite(norm))
@@ -511,17 +508,17 @@ void Trainer::exploded(int64_t step, const std::string& what) const {
 
 void Trainer::evaluate_now() {
   settle(0);
-  RunPoint point{
-      .step = step_,
-      .steps = options_.steps,
-      .tokens = progress_.tokens,
-      .train_loss = progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0,
-      .learning_rate = learning_rate(options_, step_)};
+  RunPoint point{.unit = front_.unit(),
+                 .step = step_,
+                 .steps = options_.steps,
+                 .tokens = progress_.tokens,
+                 .train_loss = mean_loss(),
+                 .learning_rate = learning_rate(options_, step_)};
   point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
-  if (!parts_.held_out.empty())
+  if (!data_.parts.held_out.empty())
     point.validation =
-        evaluate(backend_, computing(), options_.validation.empty() ? all_ : validation_,
-                 parts_.held_out, {.both_strands = options_.reverse_complement});
+        evaluate(backend_, computing(), data_.held_out_of(options_), data_.parts.held_out,
+                 {.both_strands = options_.reverse_complement});
   const Metrics& m = point.validation.metrics;
   // Without a validation set the last model stands.
   double metric = static_cast<double>(step_), loss = 0;
@@ -562,10 +559,10 @@ void Trainer::evaluate_now() {
 }
 
 CardFacts Trainer::facts(const RunPoint& point) const {
-  return {.train_examples = static_cast<int64_t>(parts_.train.size()),
-          .train_bases = bases(parts_.train),
-          .held_out = static_cast<int64_t>(parts_.held_out.size()),
-          .held_out_bases = bases(parts_.held_out),
+  return {.train_examples = static_cast<int64_t>(data_.parts.train.size()),
+          .train_bases = bases(data_.parts.train),
+          .held_out = static_cast<int64_t>(data_.parts.held_out.size()),
+          .held_out_bases = bases(data_.parts.held_out),
           .metric = options_.metric,
           .best = point};
 }
@@ -573,7 +570,7 @@ CardFacts Trainer::facts(const RunPoint& point) const {
 void Trainer::save() {
   settle(0);
   progress_.seconds = seconds_before_ + (step_ > 0 ? seconds_since(started_) : 0);
-  const json cursor = {{"data", data_hash_},
+  const json cursor = {{"data", data_.fingerprint},
                        {"epoch", progress_.epoch},
                        {"next", progress_.next},
                        {"best_metric", progress_.best_metric},

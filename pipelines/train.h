@@ -12,17 +12,25 @@
 namespace coil {
 
 struct TrainOptions {
-  std::vector<std::string> data;  // see genomics/dataset.h
+  std::vector<std::string> data;  // see genomics/dataset.h, audio/dataset.h
+  bool audio = false;             // of the preset, or of the model that --from names
   std::string validation;         // file or folder; empty: a split
   double validation_fraction = 0.1;
   int64_t validation_tokens = 300'000;  // at most; what is more is thinned evenly. 0: no limit
   std::string out;                      // model folder
   std::string preset =
-      "dna-small";   // dna-tiny | dna-small | dna-base: applied before everything else
+      "dna-small";   // dna-… | audio-tiny, -small, -base: applied before everything else
   std::string from;  // start from this model's weights
   Objective objective = Objective::classify;
   std::string sequence_column = "sequence", label_column = "label", table;
-  int64_t min_length = 0, max_length = 0;  // windows; 0: whole records
+  // Audio: rate of the model (0: that of most recordings), codes, dB below which begin and end are
+  // left out (0: nothing is), labels by table, by name or by folder, a language model with labels.
+  int64_t rate = 0;
+  std::string codes = "mulaw";  // mulaw | pcm16
+  double trim = 0;
+  std::string labels, label_pattern;
+  bool condition = false;
+  int64_t min_length = 0, max_length = 0;  // windows, in bases or samples; 0: whole records
   int64_t d = 128, layers = 4, n = 16;
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs

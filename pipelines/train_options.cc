@@ -16,14 +16,23 @@ using nlohmann::json;
 
 struct Preset {
   const char* name;
+  bool audio;
+  Objective objective;
   int64_t d, layers;
   double lr;
+  int64_t batch_tokens;
 };
 constexpr Preset kPresets[] = {
-    {"dna-tiny", 64, 2, 6e-3},
-    {"dna-small", 128, 4, 4e-3},
-    {"dna-base", 256, 8, 2e-3},
+    {"dna-tiny", false, Objective::classify, 64, 2, 6e-3, 8192},
+    {"dna-small", false, Objective::classify, 128, 4, 4e-3, 8192},
+    {"dna-base", false, Objective::classify, 256, 8, 2e-3, 8192},
+    {"audio-tiny", true, Objective::lm, 64, 2, 6e-3, 16'384},
+    {"audio-small", true, Objective::lm, 128, 4, 4e-3, 32'768},
+    {"audio-base", true, Objective::lm, 256, 8, 2e-3, 65'536},
 };
+// What checkpoints from before audio lack; their defaults are what those runs had.
+constexpr const char* kLater[] = {"precision", "audio",  "rate",          "codes",
+                                  "trim",      "labels", "label_pattern", "condition"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -37,6 +46,13 @@ void visit(Options& o, F f) {
   f("sequence_column", o.sequence_column, true);
   f("label_column", o.label_column, true);
   f("table", o.table, false);
+  f("audio", o.audio, true);
+  f("rate", o.rate, true);
+  f("codes", o.codes, true);
+  f("trim", o.trim, true);
+  f("labels", o.labels, false);
+  f("label_pattern", o.label_pattern, false);
+  f("condition", o.condition, true);
   f("min_length", o.min_length, true);
   f("max_length", o.max_length, true);
   f("d", o.d, true);
@@ -77,6 +93,10 @@ void apply_preset(const std::string& name, TrainOptions& options) {
   for (const Preset& preset : kPresets) {
     if (preset.name != name) continue;
     options.preset = name;
+    options.audio = preset.audio;
+    options.objective = preset.objective;
+    options.batch_tokens = preset.batch_tokens;
+    if (preset.audio) options.reverse_complement = false;
     options.d = preset.d;
     options.layers = preset.layers;
     options.lr = preset.lr;
@@ -99,8 +119,9 @@ TrainOptions parse_train_options(const std::string& text) {
   try {
     const json in = json::parse(text);
     visit(options, [&](const char* key, auto& value, bool) {
-      if (in.contains(key) || std::strcmp(key, "precision") != 0)  // older checkpoints have none
-        in.at(key).get_to(value);
+      const bool later = std::any_of(std::begin(kLater), std::end(kLater),
+                                     [&](const char* name) { return std::strcmp(key, name) == 0; });
+      if (in.contains(key) || !later) in.at(key).get_to(value);
     });
     options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;
     options.pooling = in.at("pooling") == "last" ? Pooling::last : Pooling::mean;
