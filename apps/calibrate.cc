@@ -45,9 +45,11 @@ po::options_description describe(Options& options) {
   return description;
 }
 
-OpenSource opener(const std::vector<std::string>& files) {
-  return
-      [files] { return open_inputs({.inputs = files, .reference = {}, .regions = {}, .bed = {}}); };
+OpenSource opener(const Config& config, const std::vector<std::string>& files) {
+  return [config, files] {
+    const InputOptions input{.inputs = files, .reference = {}, .regions = {}, .bed = {}};
+    return config.audio.rate > 0 ? open_sounds(config, input, {}) : open_inputs(input);
+  };
 }
 
 }  // namespace
@@ -76,6 +78,7 @@ int run_calibrate(int argc, char** argv) {
   const std::unique_ptr<Backend> backend = make_backend(options.common);
   const Config config = read_config(options.model);
   check_classifier(config, options.model);
+  settle_strands(config, values["strands"].defaulted(), options.engine.strands);
   how.stream = options.engine.resolve();
   Config target;
   if (!options.into.empty()) {
@@ -84,8 +87,8 @@ int run_calibrate(int argc, char** argv) {
   }
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
   const std::vector<Calibration> rows =
-      calibrate(*backend, model, opener(options.known),
-                options.unknown.empty() ? OpenSource() : opener(options.unknown), how);
+      calibrate(*backend, model, opener(config, options.known),
+                options.unknown.empty() ? OpenSource() : opener(config, options.unknown), how);
   Output out("");
   out.write("length\tthreshold\tknown\tkept\tunknown\tcaught\n");
   target.unknown.clear();

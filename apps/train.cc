@@ -6,9 +6,11 @@
 #include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <filesystem>
 #include <iostream>
 
 #include "apps/command.h"
+#include "audio/sound.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
@@ -217,6 +219,20 @@ std::string preset_named(int argc, char** argv) {
   return TrainOptions{}.preset;
 }
 
+// Recordings under a preset of DNA: said before anything else about them is.
+void refuse_recordings(const std::vector<std::string>& data, const std::string& preset) {
+  for (const std::string& path : data) {
+    std::error_code error;
+    std::string found = audio::has_audio_name(path) ? path : "";
+    for (std::filesystem::recursive_directory_iterator entry(path, error), end;
+         !error && found.empty() && entry != end; entry.increment(error))
+      if (audio::has_audio_name(entry->path().string())) found = entry->path().string();
+    if (!found.empty())
+      throw UsageError(fmt::format("{}: a recording, and the preset {} reads DNA", found, preset),
+                       "--preset audio-small");
+  }
+}
+
 }  // namespace
 
 int run_train(int argc, char** argv) {
@@ -240,6 +256,7 @@ int run_train(int argc, char** argv) {
   check(!options.resume || has_checkpoint(options.out) || !options.data.empty(),
         "'{}' holds no run to resume", options.out);
   if (options.data.empty()) throw UsageError("no data to train on");
+  if (!options.audio) refuse_recordings(options.data, options.preset);
   std::vector<std::string> read = options.data;
   read.insert(read.end(), {options.validation, options.table, options.labels});
   check_outputs({options.log}, read);
@@ -248,6 +265,10 @@ int run_train(int argc, char** argv) {
     throw UsageError("--precision bf16: training on a CPU is in f32");
   if (!options.from.empty()) {  // the network is that model's
     const Config config = read_config(options.from);
+    if (options.audio != (config.audio.rate > 0))
+      throw UsageError(fmt::format("'{}' is a model of {}, the preset '{}' of {}", options.from,
+                                   config.audio.rate > 0 ? "audio" : "DNA", options.preset,
+                                   options.audio ? "audio" : "DNA"));
     TrainOptions preset;
     apply_preset(options.preset, preset);
     const auto layers = static_cast<int64_t>(config.layers.size());
@@ -256,10 +277,6 @@ int run_train(int argc, char** argv) {
                                    options.preset, preset.d, counted(preset.layers, "layer"),
                                    options.from, config.d, counted(layers, "layer")),
                        "leave --preset out: the network is that of --from, --lr the learning rate");
-    if (options.audio != (config.audio.rate > 0))
-      throw UsageError(fmt::format("'{}' is a model of {}, the preset '{}' of {}", options.from,
-                                   config.audio.rate > 0 ? "audio" : "DNA", options.preset,
-                                   options.audio ? "audio" : "DNA"));
     const auto same = [&](const char* name, int64_t& member, int64_t value) {
       check(given.values[name].defaulted() || member == value, "--{} {}: '{}' has {}", name, member,
             options.from, value);

@@ -100,10 +100,11 @@ class Labels {
 
   static std::string by_folder(const Recording& file) {
     const fs::path name = file.name;
-    if (name.is_absolute() || !name.has_parent_path())
-      throw Error(fmt::format("{}: no label", file.path),
-                  "--labels TABLE, --label-pattern REGEX, or a folder that holds one folder per "
-                  "class");
+    if (!name.has_parent_path())
+      throw Error(
+          fmt::format("{}: no label", file.path),
+          "--labels TABLE, --label-pattern REGEX, a folder that holds one folder per class; "
+          "coil score: --label NAME");
     return name.begin()->string();
   }
 
@@ -256,7 +257,7 @@ Recordings list_recordings(const std::vector<std::string>& paths, const LabelOpt
   Recordings all;
   for (const std::string& path : paths) {
     if (!fs::is_directory(path)) {
-      all.files.push_back({path, path});
+      all.files.push_back({path, fs::path(path).filename().string()});
       continue;
     }
     std::vector<Recording> found = recordings_below(path);

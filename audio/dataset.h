@@ -22,7 +22,7 @@ struct LabelOptions {
 
 struct Recording {
   std::string path;    // to open it, and for messages
-  std::string name;    // below the folder given; a file given by itself: its path
+  std::string name;    // below the folder given; a file given by itself: without its folder
   int32_t label = -1;  // index into Recordings::labels
 };
 struct Recordings {

@@ -43,26 +43,26 @@ double seconds_since(Clock::time_point start) {
 
 // What only one kind of data has.
 void check_audio(const TrainOptions& o) {
-  const auto refuse = [](bool given, const char* option, const char* preset) {
-    if (given)
-      throw UsageError(fmt::format("--{} is for {}", option, preset[0] == 'd' ? "DNA" : "audio"),
-                       fmt::format("--preset {} says so", preset));
+  const auto refuse = [&](bool given, const char* option) {
+    if (!given) return;
+    if (o.audio) throw UsageError(fmt::format("--{} is for DNA", option));
+    throw UsageError(fmt::format("--{} is for audio", option), "--preset audio-small");
   };
   parse_codes(o.codes);
   if (o.audio) {
-    refuse(o.mutate > 0, "mutate", "dna-small");
-    refuse(!o.table.empty(), "table", "dna-small");
+    refuse(o.mutate > 0, "mutate");
+    refuse(!o.table.empty(), "table");
     if (o.condition && o.objective != Objective::lm)
       throw UsageError("--condition is for a language model: it does not go with --task classify");
     if (o.balance && o.objective == Objective::lm)
       throw UsageError("--balance is for a classifier");
   } else {
-    refuse(o.rate > 0, "rate", "audio-small");
-    refuse(o.codes != "mulaw", "codes", "audio-small");
-    refuse(o.trim > 0, "trim", "audio-small");
-    refuse(o.condition, "condition", "audio-small");
-    refuse(!o.labels.empty(), "labels", "audio-small");
-    refuse(!o.label_pattern.empty(), "label-pattern", "audio-small");
+    refuse(o.rate > 0, "rate");
+    refuse(o.codes != "mulaw", "codes");
+    refuse(o.trim > 0, "trim");
+    refuse(o.condition, "condition");
+    refuse(!o.labels.empty(), "labels");
+    refuse(!o.label_pattern.empty(), "label-pattern");
   }
 }
 
