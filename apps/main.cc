@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <csignal>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -40,7 +41,7 @@ const Command* find(std::string_view name) {
 
 std::string help() {
   std::string text =
-      "coil: classify, score and train on DNA of any length with Mamba models\n"
+      "coil: classify, score and train on DNA and audio of any length with Mamba models\n"
       "usage: coil COMMAND [options] …\n";
   std::string_view group;
   for (const Command& command : kCommands) {
@@ -125,6 +126,8 @@ void spin_briefly(char** argv) {
 
 int main(int argc, char** argv) {
   spin_briefly(argv);
+  static char buffer[64 << 10];  // a page of help is one write, which `| head` may cut short
+  std::setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
   std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like any other
   std::string name = "coil";
   try {

@@ -2,6 +2,9 @@
 
 #include <samplerate.h>
 
+#include <algorithm>
+#include <cmath>
+
 #include "kernels/error.h"
 
 namespace coil::audio {
@@ -30,6 +33,18 @@ void Resampler::run(std::span<const float> in, bool last, std::vector<float>& ou
     out.insert(out.end(), in.begin(), in.end());
     return;
   }
+  const auto before = static_cast<int64_t>(out.size());
+  taken_ += static_cast<int64_t>(in.size());
+  process(in, false, out);
+  if (last) {  // the library alone would end up to a sample early
+    process(std::vector<float>(static_cast<size_t>(2 + 2 / ratio_)), true, out);
+    const int64_t wanted = std::llround(static_cast<double>(taken_) * ratio_) - given_ + before;
+    out.resize(static_cast<size_t>(std::max(wanted, before)));
+  }
+  given_ += static_cast<int64_t>(out.size()) - before;
+}
+
+void Resampler::process(std::span<const float> in, bool last, std::vector<float>& out) {
   constexpr long kRoom = 16 << 10;
   std::vector<float> room(kRoom);
   size_t used = 0;

@@ -16,13 +16,16 @@ class Resampler {
   // the other; `where` names the file.
   Resampler(int64_t from, int64_t to, const std::string& where);
   ~Resampler();
-  // Appends to `out` what `in` gives; `last`: nothing comes after it, the rest follows too.
+  // Appends to `out` what `in` gives; `last`: nothing comes after it, the rest follows too. Of n
+  // samples in all, n * to / from come out, rounded.
   void run(std::span<const float> in, bool last, std::vector<float>& out);
 
  private:
+  void process(std::span<const float> in, bool last, std::vector<float>& out);
   struct Handle;
   std::unique_ptr<Handle> handle_;  // null: equal rates
   double ratio_ = 1;
+  int64_t taken_ = 0, given_ = 0;
   std::string where_;
 };
 
