@@ -13,9 +13,10 @@ namespace coil::audio {
 
 struct LabelOptions {
   bool labelled = false;
-  std::string table;    // file<TAB>label; the file as path below the folder, as name, or without
-                        // its ending; a header line is a row whose file no recording has
-  std::string pattern;  // regular expression over the file's name: its first group, else the match
+  std::string table;  // file<TAB>label; the file as path below the folder, as name, or without
+                      // its ending; a header line is a row whose file no recording has
+  std::string
+      pattern;  // extended regular expression over the file's name: its first group, else the match
   // Neither: the folder below the one given. Of a model: a label outside is an error.
   std::vector<std::string> known = {};
 };
