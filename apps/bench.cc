@@ -16,6 +16,7 @@
 #include "model/optimizer.h"
 #include "pipelines/run_log.h"
 #include "pipelines/stream.h"
+#include "pipelines/train.h"
 
 namespace coil {
 namespace {
@@ -24,10 +25,10 @@ namespace po = boost::program_options;
 using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
-  std::string what = "model", only;
+  std::string what = "model", only, preset;
   Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{0};
   double seconds = 2;
-  bool json = false, train = true;
+  bool json = false, train = true, audio = false;
   CommonOptions common;
 };
 
@@ -36,6 +37,8 @@ po::options_description describe(BenchOptions& options) {
   text.add_options()  //
       ("what", po::value(&options.what)->value_name("WHAT"),
        "ops: each operation; model, the default: prefill, decoding and training")  //
+      ("preset", po::value(&options.preset)->value_name("NAME"),
+       "d, layers and vocabulary of a preset of coil train")  //
       ("d", option(options.d, "SIZE"),
        "width; inner width twice that, 16 states, dt rank a sixteenth")   //
       ("layers", option(options.layers, "COUNT"), "layers of the model")  //
@@ -185,11 +188,15 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   config.e = 2 * options.d;
   config.dt_rank = std::max<int64_t>(1, options.d / 16);
   config.layers = std::vector<LayerConfig>(options.layers);
+  if (options.audio) {
+    config.audio.rate = 16'000;
+    config.vocab = audio_vocabulary(config);
+  }
   Model model = make_model(backend, config, options.common.seed);
   std::vector<int32_t> ids(batch * length), targets(batch * length);
   Philox random(options.common.seed, 0, 0);
   for (int32_t& id : ids) id = static_cast<int32_t>(random.below(config.vocab));
-  for (int32_t& id : targets) id = static_cast<int32_t>(random.below(config.vocab));
+  for (int32_t& id : targets) id = static_cast<int32_t>(random.below(config.predicted()));
   const auto ids_view = [&](std::vector<int32_t>& from, int64_t count) {
     return host_view(from.data(), DType::i32, {count});
   };
@@ -295,6 +302,13 @@ int run_bench(int argc, char** argv) {
           "Times the operations, or prefill, decoding and training of a model of random weights.",
           describe(options), {"what"}, false, values))
     return 0;
+  if (!options.preset.empty()) {
+    TrainOptions preset;
+    apply_preset(options.preset, preset);
+    if (values["d"].defaulted()) options.d.value = preset.d;
+    if (values["layers"].defaulted()) options.layers.value = preset.layers;
+    options.audio = preset.audio;
+  }
   for (const auto& [name, value] : {std::pair{"--d", options.d},
                                     {"--layers", options.layers},
                                     {"--vocab", options.vocab},
