@@ -26,6 +26,7 @@
 #include <memory>
 #include <span>
 
+#include "kernels/blocks.h"
 #include "kernels/tensor.h"
 
 namespace coil {
@@ -227,9 +228,13 @@ class Backend {
   // The type of activations beside matrices of this type.
   virtual DType activations(DType /* matrices */) const { return DType::f32; }
 
-  // Memory. free() of a block keeps it for the next alloc of its size class.
+  // Memory. free() of a block keeps it for the next alloc of its size class; alloc throws
+  // OutOfMemory.
   virtual void* alloc(int64_t bytes) = 0;
   virtual void free(void* data) = 0;
+  virtual Memory memory() const { return {}; }
+  virtual void restart_peak() {}
+  virtual void release_kept() {}  // freed blocks go back to the device
   virtual void copy(View from, View to) = 0;  // same shape; casts, strides, and crosses devices
   virtual void fill(View x, double value) = 0;
   virtual void sync() = 0;
@@ -263,10 +268,10 @@ class Backend {
   virtual void run(const AdamW&) = 0;
 };
 
-// threads 0: as many as the machine has.
-std::unique_ptr<Backend> make_cpu_backend(int threads = 0);
+// threads 0: as many as the machine has. limit: of the memory that is allocated, in bytes.
+std::unique_ptr<Backend> make_cpu_backend(int threads = 0, int64_t limit = kNoLimit);
 // Throws where the program was built without CUDA, or the machine has no such GPU or no driver.
-std::unique_ptr<Backend> make_cuda_backend(int index = 0);
+std::unique_ptr<Backend> make_cuda_backend(int index = 0, int64_t limit = kNoLimit);
 int cuda_devices();  // 0 without GPU, driver or CUDA in the build; never throws
 
 }  // namespace coil
