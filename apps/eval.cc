@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
+#include "apps/inputs.h"
 #include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "pipelines/batches.h"
@@ -143,9 +144,12 @@ int run_eval(int argc, char** argv) {
                                    .max_length = options.window,
                                    .labels = config.labels,
                                    .labelled = config.objective == Objective::classify});
+  const EvaluateOptions how{.batch_tokens = options.batch_tokens,
+                            .both_strands = options.strands == "both",
+                            .note = print_note};
   const Evaluation evaluation =
-      evaluate(*backend, model, all, all.items,
-               {.batch_tokens = options.batch_tokens, .both_strands = options.strands == "both"});
+      with_memory_hint(*backend, model, "--batch-tokens", options.batch_tokens,
+                       [&] { return evaluate(*backend, model, all, all.items, how); });
   Output out(options.out);
   out.write(options.json ? as_json(evaluation, config) : as_table(evaluation, config));
   out.close();

@@ -135,7 +135,8 @@ po::options_description describe(EngineOptions& options) {
       ("strands", option(options.strands, "WHICH"),
        "both (averaged, twice the work) | forward | reverse")  //
       ("batch", option(options.batch, "SIZE"),
-       "bases computed at a time: auto keeps a layer's activations in the cache, or fills a GPU")  //
+       "bases computed at a time: auto keeps a layer's activations in the cache, or fills a GPU as "
+       "far as its memory goes")  //
       ("chunk", option(options.chunk, "SIZE"),
        "most bases of one sequence among them: auto is the batch");
   return description;
@@ -144,7 +145,12 @@ po::options_description describe(EngineOptions& options) {
 StreamOptions EngineOptions::resolve() const {
   return {.strands = parse_strands(strands),
           .batch = size_or_auto("batch", batch),
-          .chunk = size_or_auto("chunk", chunk)};
+          .chunk = size_or_auto("chunk", chunk),
+          .note = print_note};
+}
+
+void print_note(const std::string& text) {
+  fmt::print(stderr, "{}note: {}\n", isatty(STDERR_FILENO) == 1 ? "\r\033[K" : "", text);
 }
 
 Progress::Progress(std::string command)

@@ -13,7 +13,7 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
-#include "pipelines/stream.h"
+#include "pipelines/fit.h"
 
 namespace coil {
 namespace {
@@ -66,25 +66,17 @@ class Evaluator {
         options_(options),
         lm_(model.config.objective == Objective::lm),
         classes_(static_cast<int64_t>(model.config.labels.size())) {
-    if (options_.batch_tokens == 0)
-      options_.batch_tokens = auto_batch(model.config, backend.device());
+    if (options_.batch_tokens == 0) {
+      may_halve_ = true;
+      options_.batch_tokens = fitting_batch(backend, model, options_.note);
+    }
   }
 
   Evaluation run() {
     if (!lm_) result_.probabilities.assign(items_.size() * classes_, 0.0);
     for (size_t i = 0; i < items_.size(); ++i) {
-      for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand) {
-        const auto length = items_[i].length;
-        if (length > options_.batch_tokens) {
-          long_item({static_cast<int64_t>(i), strand == 1});
-          continue;
-        }
-        if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
-        const std::vector<uint8_t> codes = codes_of(all_, items_[i], strand == 1);
-        pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
-        ids_.insert(ids_.end(), codes.begin(), codes.end());
-        batch_.push_back({static_cast<int64_t>(i), strand == 1});
-      }
+      for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand)
+        add({static_cast<int64_t>(i), strand == 1});
     }
     flush();
     if (lm_) {
@@ -100,8 +92,45 @@ class Evaluator {
   }
 
  private:
+  void add(Strand strand) {
+    const auto length = items_[strand.item].length;
+    if (length > options_.batch_tokens) return long_item(strand);
+    if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
+    if (length > options_.batch_tokens) return long_item(strand);  // batches became smaller
+    const std::vector<uint8_t> codes = codes_of(all_, items_[strand.item], strand.reverse);
+    pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
+    ids_.insert(ids_.end(), codes.begin(), codes.end());
+    batch_.push_back(strand);
+  }
+
+  // The batch, or the same items in smaller ones where memory runs out: nothing is counted before
+  // all of a batch is on the host.
   void flush() {
     if (ids_.empty()) return;
+    std::vector<Strand> again;
+    try {
+      compute();
+    } catch (const OutOfMemory&) {
+      if (!halve(static_cast<int64_t>(ids_.size()))) throw;
+      again = batch_;
+    }
+    pieces_ = {};
+    ids_.clear();
+    batch_.clear();
+    for (const Strand& strand : again) add(strand);
+    if (!again.empty()) flush();
+  }
+
+  bool halve(int64_t rows) {
+    if (!may_halve_ || rows / 2 < kFewestRows) return false;
+    backend_.release_kept();
+    options_.batch_tokens = rows / 2;
+    if (options_.note)
+      options_.note(fmt::format("out of device memory: {} rows at a time", rows / 2));
+    return true;
+  }
+
+  void compute() {
     const Rows rows(backend_, std::move(pieces_));
     const int64_t t = rows.total();
     const Tensor h =  // (t, d)
@@ -119,39 +148,50 @@ class Evaluator {
       const View host = on_host(backend_, logits, kept);
       for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(host, i, batch_[i].item);
     }
-    pieces_ = {};
-    ids_.clear();
-    batch_.clear();
   }
 
-  // An item longer than a batch: pieces of a batch's length, one state slot.
+  // An item longer than a batch: pieces of a batch's length. Each reads the state that the one
+  // before it wrote and writes another, so that it can be computed again where memory ran out.
   void long_item(Strand strand) {
     flush();
     const std::vector<uint8_t> codes = codes_of(all_, items_[strand.item], strand.reverse);
     const auto length = static_cast<int64_t>(codes.size());
-    State state(backend_, model_.config, 1);
-    for (int64_t at = 0; at < length; at += options_.batch_tokens) {
+    State state(backend_, model_.config, 2);
+    int32_t slot = 0;
+    for (int64_t at = 0; at < length;) {
       const int64_t t = std::min(options_.batch_tokens, length - at);
-      const bool last = at + t == length;
-      std::vector<int32_t> ids(codes.begin() + at, codes.begin() + at + t);
-      const Rows rows(backend_, {{.begin = 0,
-                                  .length = t,
-                                  .position = at,
-                                  .from = at == 0 ? -1 : 0,
-                                  .to = 0,
-                                  .last = last}});
-      const Tensor h =  // (t, d)
-          hidden(backend_, model_, host_view(ids.data(), DType::i32, {t}), rows, &state);
-      if (lm_) {
-        const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
-        if (!last) ids.push_back(codes[at + t]);               // what the piece's last row predicts
-        std::vector<std::byte> kept;
-        add_likelihood(on_host(backend_, logits, kept), ids);
-      } else {
-        const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
-        std::vector<std::byte> kept;
-        if (last) add_probabilities(on_host(backend_, logits, kept), 0, strand.item);
+      const Piece piece{.begin = 0,
+                        .length = t,
+                        .position = at,
+                        .from = at == 0 ? -1 : 1 - slot,
+                        .to = slot,
+                        .last = at + t == length};
+      try {
+        long_piece(codes, piece, state, strand.item);
+      } catch (const OutOfMemory&) {
+        if (!halve(t)) throw;
+        continue;
       }
+      at += t;
+      slot = 1 - slot;
+    }
+  }
+
+  void long_piece(const std::vector<uint8_t>& codes, const Piece& piece, State& state,
+                  int64_t item) {
+    const int64_t at = piece.position, t = piece.length;
+    std::vector<int32_t> ids(codes.begin() + at, codes.begin() + at + t);
+    const Rows rows(backend_, {piece});
+    const Tensor h =  // (t, d)
+        hidden(backend_, model_, host_view(ids.data(), DType::i32, {t}), rows, &state);
+    std::vector<std::byte> kept;
+    if (lm_) {
+      const Tensor logits = lm_logits(backend_, model_, h);  // (t, v)
+      if (!piece.last) ids.push_back(codes[at + t]);         // what the piece's last row predicts
+      add_likelihood(on_host(backend_, logits, kept), ids);
+    } else {
+      const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
+      if (piece.last) add_probabilities(on_host(backend_, logits, kept), 0, item);
     }
   }
 
@@ -185,7 +225,7 @@ class Evaluator {
   const Examples& all_;
   std::span<const Example> items_;
   EvaluateOptions options_;
-  bool lm_;
+  bool lm_, may_halve_ = false;
   int64_t classes_;
   Evaluation result_;
   double nats_ = 0;

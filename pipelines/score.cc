@@ -7,6 +7,7 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
+#include "pipelines/fit.h"
 #include "pipelines/workers.h"
 
 namespace coil {
@@ -30,13 +31,14 @@ void check_language_model(const Config& config, const std::string& where) {
 
 namespace {
 
-// -log p of the base after each row, 0 where it is not counted. Leaves in batch.next the targets: 0
-// … 3, or -1.
+// 0 … 3, or -1 where it is not counted.
+int32_t target_of(int32_t code) { return code >= dna::kA && code <= dna::kT ? code - dna::kA : -1; }
+
+// -log p of the base after each row, 0 where it is not counted. batch.next holds targets.
 std::vector<float> losses_of(Backend& backend, const Model& model, Stream::Batch& batch,
                              State& state) {
   const Rows rows(backend, batch.pieces);
   const int64_t t = rows.total();
-  for (int32_t& code : batch.next) code = code >= dna::kA && code <= dna::kT ? code - dna::kA : -1;
   const View ids = host_view(batch.ids.data(), DType::i32, {t});
   const Tensor h = hidden(backend, model, ids, rows, &state);  // (t, d)
   const Tensor logits = lm_logits(backend, model, h);          // (t, v)
@@ -74,16 +76,21 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
            const std::function<void(const Stream&)>& progress) {
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
-  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
+  const bool chosen_here = stream_options.batch <= 0;
+  if (chosen_here) stream_options.batch = fitting_batch(backend, model, stream_options.note);
   Workers workers(backend);
   Stream stream(source, stream_options, workers.count());
-  State state(backend, model.config, stream.slots());
+  State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
+  Parts parts(stream, chosen_here, stream_options.note);
   std::vector<Stream::Batch> batches(workers.count());
   std::vector<std::vector<float>> nats(batches.size());  // each (t)
   Stream::Unit unit;
   while (const int filled = stream.next(batches)) {
-    workers.run(filled,
-                [&](int i, Backend& own) { nats[i] = losses_of(own, model, batches[i], state); });
+    workers.run(filled, [&](int i, Backend& own) {
+      for (int32_t& code : batches[i].next) code = target_of(code);
+      nats[i] = parts.run(own, batches[i], i,
+                          [&](Stream::Batch& part) { return losses_of(own, model, part, state); });
+    });
     for (int b = 0; b < filled; b++) {
       for (size_t i = 0; i < batches[b].pieces.size(); i++) {
         add(batches[b], i, nats[b], options.per_base);

@@ -22,7 +22,9 @@
 #include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
+#include "model/memory_plan.h"
 #include "pipelines/batches.h"
+#include "pipelines/fit.h"
 #include "pipelines/run_log.h"
 
 namespace coil {
@@ -119,6 +121,9 @@ class Trainer {
     }
     return 0;
   }
+
+  // What would fit, after memory ran out.
+  std::string memory_hint() const;
 
  private:
   void say(const std::string& text) const {
@@ -417,6 +422,31 @@ int Trainer::loop() {
   return 0;
 }
 
+std::string Trainer::memory_hint() const {
+  const Memory memory = backend_.memory();
+  if (memory.room() < 0) return "coil info MODEL --train --length … plans memory";
+  const int64_t usable = plannable(memory.room() + memory.in_use, backend_.device());
+  int64_t longest = options_.max_length;
+  if (longest == 0)
+    for (const Example& item : parts_.train) longest = std::max(longest, item.length);
+  const DType matrices = options_.precision == "bf16" ? DType::bf16 : DType::f32;
+  int64_t rows =
+      std::min(options_.batch_tokens, std::max(longest, training_rows(backend_.device())));
+  MemoryPlan plan;
+  for (rows /= 2; rows >= 1; rows /= 2) {
+    plan = plan_memory(
+        network(),
+        {.length = rows, .matrices = matrices, .train = true, .device = backend_.device()});
+    if (plan.total() > usable) continue;
+    if (rows >= longest) return fmt::format("--batch-tokens {} would fit", rows);
+    return fmt::format("windows of --max-length {} with --batch-tokens {} would fit", rows, rows);
+  }
+  return fmt::format(
+      "weights, gradients and moments alone take {}: a smaller network (--d-model, --layers), or "
+      "--device cpu",
+      binary_size(plan.total() - plan.activations));
+}
+
 // What the mean loss divides by.
 double Trainer::weight_of(std::span<const int32_t> targets) const {
   double total = 0;
@@ -447,7 +477,7 @@ void Trainer::train_step() {
                            : host_view(class_weights_.data(), DType::f32,
                                        {static_cast<int64_t>(class_weights_.size())});
   const double total = weight_of(batch.targets);
-  const int64_t most = backend_.device().kind == Device::Kind::cpu ? kPartRows : kDevicePartRows;
+  const int64_t most = training_rows(backend_.device());
   const Tensor numbers(backend_, DType::f64, {2});
   backend_.fill(numbers, 0);
   const View loss = numbers.view().slice(0, 1), squares = numbers.view().slice(1, 1);
@@ -519,9 +549,10 @@ void Trainer::evaluate_now() {
       .learning_rate = learning_rate(options_, step_)};
   point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
   if (!parts_.held_out.empty())
-    point.validation =
-        evaluate(backend_, computing(), options_.validation.empty() ? all_ : validation_,
-                 parts_.held_out, {.both_strands = options_.reverse_complement});
+    point.validation = evaluate(
+        backend_, computing(), options_.validation.empty() ? all_ : validation_, parts_.held_out,
+        {.both_strands = options_.reverse_complement,
+         .note = [this](const std::string& text) { say("note: evaluation: " + text); }});
   const Metrics& m = point.validation.metrics;
   // Without a validation set the last model stands.
   double metric = static_cast<double>(step_), loss = 0;
@@ -593,8 +624,17 @@ void Trainer::save() {
 
 }  // namespace
 
+int64_t training_rows(Device device) {
+  return device.kind == Device::Kind::cpu ? kPartRows : kDevicePartRows;
+}
+
 int train(Backend& backend, TrainOptions options, const TrainHooks& hooks) {
-  return Trainer(backend, std::move(options), hooks).run();
+  Trainer trainer(backend, std::move(options), hooks);
+  try {
+    return trainer.run();
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.what(), trainer.memory_hint());
+  }
 }
 
 }  // namespace coil

@@ -66,6 +66,10 @@ struct TrainHooks {
   std::function<int()> interrupted;  // number of the signal that came, else 0
 };
 
+// Rows that forward and backward take at once, whole sequences of a batch: gradients of its parts
+// add up. A longer sequence is a part of its own.
+int64_t training_rows(Device device);
+
 // Returns the exit status: 0, or 128 + signal after an interruption (checkpoint written). A loss
 // that is not finite or explodes throws, naming the step; the last good checkpoint stays.
 int train(Backend& backend, TrainOptions options, const TrainHooks& hooks = {});
