@@ -10,6 +10,7 @@
 #include "model/safetensors.h"
 #include "pipelines/run_log.h"
 #include "pipelines/stream.h"
+#include "pipelines/train.h"
 
 namespace coil {
 namespace {
@@ -104,17 +105,21 @@ std::string network_text(const Config& config) {
 MemoryRequest request_of(const InfoOptions& options, const Config& config) {
   const int64_t chunk =
       options.chunk > 0 ? options.chunk.value : auto_batch(config, device_of(options.common));
+  int64_t sequences = options.batch;
+  if (options.train && options.length > 0)  // a larger batch is computed in parts
+    sequences = std::clamp<int64_t>(training_rows(device_of(options.common)) / options.length,
+                                    std::min<int64_t>(1, sequences), sequences);
   return {.length = options.length,
-          .sequences = options.batch,
+          .sequences = sequences,
           .chunk = chunk,
           .matrices = matrix_dtype(options.common),
           .train = options.train,
           .device = device_of(options.common)};
 }
 
-std::string text_of(const Config& config, const SafetensorsReader& reader,
-                    const std::vector<Group>& groups, const MemoryRequest& request,
-                    const MemoryPlan& plan) {
+std::string text_of(const InfoOptions& options, const Config& config,
+                    const SafetensorsReader& reader, const std::vector<Group>& groups,
+                    const MemoryRequest& request, const MemoryPlan& plan) {
   std::string text =
       fmt::format("model    {} · {}{}\nnetwork  {}\nfiles    {}\n", config.model_type,
                   objective_text(config), config.alphabet.empty() ? "" : " · " + config.alphabet,
@@ -147,7 +152,7 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
   row(total.name, "", "", total.tensors, with_commas(total.parameters), bytes_text(total.bytes));
 
   const std::string of =
-      fmt::format("{} × {} bases", with_commas(request.sequences), with_commas(request.length));
+      fmt::format("{} × {} bases", with_commas(options.batch), with_commas(request.length));
   const auto line = [&](const char* name, int64_t bytes, const std::string& note) {
     text += fmt::format("{:<12}  {:>9}  {}\n", name, bytes_text(bytes), note);
   };
@@ -156,7 +161,10 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
     line("weights", plan.weights, "f32");
     line("gradients", plan.gradients, "f32");
     line("moments", plan.moments, "f32, two of AdamW");
-    line("activations", plan.activations, "grow with batch × length");
+    if (plan.copy > 0) line("copy", plan.copy, "of the weights, matrices bf16");
+    line("activations", plan.activations,
+         fmt::format("grow with batch × length, of {} at a time",
+                     counted(request.sequences, "sequence")));
   } else {
     text += fmt::format("\nmemory to read {}, {} at a time\n", of,
                         with_commas(std::min(request.chunk, request.length)));
@@ -166,13 +174,14 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
                      bytes_text(plan.state / request.sequences)));
     line("activations", plan.activations, "grow with batch × chunk, not with length");
   }
+  if (plan.workspace > 0) line("workspace", plan.workspace, "of matrix products");
   line("total", plan.total(), "besides program, libraries and input buffers");
   return text;
 }
 
-std::string json_of(const Config& config, const SafetensorsReader& reader,
-                    const std::vector<Param>& params, const MemoryRequest& request,
-                    const MemoryPlan& plan) {
+std::string json_of(const InfoOptions& options, const Config& config,
+                    const SafetensorsReader& reader, const std::vector<Param>& params,
+                    const MemoryRequest& request, const MemoryPlan& plan) {
   Json json;
   json["model_type"] = config.model_type;
   json["objective"] = config.objective == Objective::lm ? "lm" : "classify";
@@ -203,13 +212,16 @@ std::string json_of(const Config& config, const SafetensorsReader& reader,
   json["memory"] = {
       {"train", request.train},
       {"length", request.length},
-      {"batch", request.sequences},
+      {"batch", options.batch.value},
+      {"at_once", request.sequences},
       {"chunk", request.train ? request.length : std::min(request.chunk, request.length)},
       {"weights", plan.weights},
       {"state", plan.state},
       {"activations", plan.activations},
       {"gradients", plan.gradients},
       {"moments", plan.moments},
+      {"copy", plan.copy},
+      {"workspace", plan.workspace},
       {"total", plan.total()}};
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
@@ -235,9 +247,9 @@ int run_info(int argc, char** argv) {
   const MemoryRequest request = request_of(options, model.config);
   const MemoryPlan plan = plan_memory(model.config, request);
   Output out("");
-  out.write(options.json
-                ? json_of(model.config, reader, params, request, plan)
-                : text_of(model.config, reader, group_tensors(params, reader), request, plan));
+  out.write(options.json ? json_of(options, model.config, reader, params, request, plan)
+                         : text_of(options, model.config, reader, group_tensors(params, reader),
+                                   request, plan));
   out.close();
   return 0;
 }

@@ -29,7 +29,7 @@ struct EvaluateOptions {
   int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
   bool both_strands = true;  // classify: probabilities averaged; lm: log-likelihoods
   // Told where memory makes batches smaller than they would be.
-  std::function<void(const std::string&)> note = {};
+  std::function<void(const std::string&)> note;
 };
 struct Evaluation {
   Metrics metrics;                    // classify; of an lm: count (bases) and loss only

@@ -41,7 +41,7 @@ struct StreamOptions {
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
   // Told, once, where memory makes batches smaller than they would be.
-  std::function<void(const std::string&)> note = {};
+  std::function<void(const std::string&)> note;
 };
 // A function of the network and the kind of device alone. CPU: rows whose activations in one layer
 // stay in the cache. GPU: rows that fill it, within 2 GB.
