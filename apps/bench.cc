@@ -18,8 +18,8 @@
 #include "model/head.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
+#include "pipelines/fit.h"
 #include "pipelines/run_log.h"
-#include "pipelines/stream.h"
 
 namespace coil {
 namespace {
@@ -297,7 +297,7 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   const DType matrices = matrix_dtype(options.common);
   const DType computed = backend.activations(matrices);  // on a CPU training is in f32
   const int64_t rows_at_once =
-      options.chunk > 0 ? options.chunk.value : auto_batch(config, backend.device());
+      options.chunk > 0 ? options.chunk.value : fitting_batch(backend, config, matrices);
   const int64_t chunk = std::clamp<int64_t>(rows_at_once / batch, 1, length);
   const int64_t bytes = std::min<int64_t>(batch * chunk * config.e * size_of(computed), 1 << 30);
   const Speed limits = measure_limits(backend, bytes, matrices, options.seconds / 10);
@@ -322,15 +322,24 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     figure.peak = backend.memory().peak;
     figures.push_back(figure);
   };
-  if (options.train) {
-    for (Workload* each : {&work, &counted_work}) each->begin_training(computed);
-    add(computed == DType::f32 ? "training, f32" : "training, bf16", 1, batch * length,
-        [](Workload& each) { each.train(); });
-    for (Workload* each : {&work, &counted_work}) each->end_training();
+  try {
+    if (options.train) {
+      for (Workload* each : {&work, &counted_work}) each->begin_training(computed);
+      add(computed == DType::f32 ? "training, f32" : "training, bf16", 1, batch * length,
+          [](Workload& each) { each.train(); });
+      for (Workload* each : {&work, &counted_work}) each->end_training();
+    }
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.what(), "--no-training, or a smaller --length or --batch");
   }
-  for (Workload* each : {&work, &counted_work}) each->begin_inference(matrices);
-  add("prefill", 1, batch * length, [&](Workload& each) { each.prefill(chunk); });
-  add("decoding", 64, batch, [](Workload& each) { each.decode(); });
+  try {
+    for (Workload* each : {&work, &counted_work}) each->begin_inference(matrices);
+    add("prefill", 1, batch * length, [&](Workload& each) { each.prefill(chunk); });
+    add("decoding", 64, batch, [](Workload& each) { each.decode(); });
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.what(),
+                      fitting_hint(backend, config, matrices, "--chunk", rows_at_once));
+  }
 
   const auto request = [&](bool train) {
     return plan_memory(config, {.length = train ? length : chunk,
@@ -370,11 +379,11 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   }
   out.write(fmt::format(
       "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {}\n"
-      "limit: every operation at the speed of a copy ({:.4g} GB/s), of a {} product ({:.4g} "
-      "TFLOP/s){}\n\n{}",
+      "limit: every operation at the speed of a copy ({:.4g} GB/s), of a product ({:.4g} "
+      "TFLOP/s in {}){}\n\n{}",
       parameters(config), config.d, config.layers.size(), config.vocab, batch, length,
-      options.common.precision, device_text(backend), limits.bytes / 1e9, name_of(computed),
-      limits.flops / 1e12,
+      options.common.precision, device_text(backend), limits.bytes / 1e9, limits.flops / 1e12,
+      name_of(computed),
       limits.powers > 0 ? fmt::format(" or of powers of two ({:.3g} T/s)", limits.powers / 1e12)
                         : "",
       table_of(figures)));

@@ -146,7 +146,7 @@ int run_eval(int argc, char** argv) {
                                    .labelled = config.objective == Objective::classify});
   const EvaluateOptions how{.batch_tokens = options.batch_tokens,
                             .both_strands = options.strands == "both",
-                            .note = print_note};
+                            .note = &kPrintNote};
   const Evaluation evaluation =
       with_memory_hint(*backend, model, "--batch-tokens", options.batch_tokens,
                        [&] { return evaluate(*backend, model, all, all.items, how); });

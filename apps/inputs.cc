@@ -146,12 +146,12 @@ StreamOptions EngineOptions::resolve() const {
   return {.strands = parse_strands(strands),
           .batch = size_or_auto("batch", batch),
           .chunk = size_or_auto("chunk", chunk),
-          .note = print_note};
+          .note = &kPrintNote};
 }
 
-void print_note(const std::string& text) {
+const Note kPrintNote = [](const std::string& text) {
   fmt::print(stderr, "{}note: {}\n", isatty(STDERR_FILENO) == 1 ? "\r\033[K" : "", text);
-}
+};
 
 Progress::Progress(std::string command)
     : command_(std::move(command)), terminal_(isatty(STDERR_FILENO) == 1) {}

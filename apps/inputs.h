@@ -39,7 +39,7 @@ struct EngineOptions {
 };
 boost::program_options::options_description describe(EngineOptions& options);
 
-void print_note(const std::string& text);  // a line on stderr, in place of the one of Progress
+extern const Note kPrintNote;  // a line on stderr, in place of the one of Progress
 
 // Runs f; where it runs out of memory, the error names the value of `option` that would fit instead
 // of `asked` rows (0: what auto stands for).

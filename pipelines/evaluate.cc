@@ -68,7 +68,8 @@ class Evaluator {
         classes_(static_cast<int64_t>(model.config.labels.size())) {
     if (options_.batch_tokens == 0) {
       may_halve_ = true;
-      options_.batch_tokens = fitting_batch(backend, model, options_.note);
+      options_.batch_tokens =
+          fitting_batch(backend, model.config, model.embedding.view().dtype, options_.note);
     }
   }
 
@@ -126,7 +127,7 @@ class Evaluator {
     backend_.release_kept();
     options_.batch_tokens = rows / 2;
     if (options_.note)
-      options_.note(fmt::format("out of device memory: {} rows at a time", rows / 2));
+      (*options_.note)(fmt::format("out of device memory: {} rows at a time", rows / 2));
     return true;
   }
 

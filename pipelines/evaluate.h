@@ -2,13 +2,13 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "model/batch.h"
 #include "model/head.h"
+#include "pipelines/stream.h"
 
 namespace coil {
 
@@ -29,7 +29,7 @@ struct EvaluateOptions {
   int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
   bool both_strands = true;  // classify: probabilities averaged; lm: log-likelihoods
   // Told where memory makes batches smaller than they would be.
-  std::function<void(const std::string&)> note;
+  const Note* note = nullptr;
 };
 struct Evaluation {
   Metrics metrics;                    // classify; of an lm: count (bases) and loss only

@@ -25,20 +25,20 @@ int64_t plannable(int64_t room, Device device) {
   return room - std::max(room / 16, least);
 }
 
-int64_t fitting_batch(const Backend& backend, const Model& model, const Note& note) {
-  const int64_t wanted = auto_batch(model.config, backend.device());
+int64_t fitting_batch(const Backend& backend, const Config& config, DType matrices,
+                      const Note* note) {
+  const int64_t wanted = auto_batch(config, backend.device());
   const int64_t room = backend.memory().room();
   if (room < 0) return wanted;
   const int64_t usable = plannable(room, backend.device());
   int64_t rows = wanted;
   for (; rows / 2 >= kFewestRows; rows /= 2) {
-    const MemoryPlan plan =
-        plan_of(model.config, model.embedding.view().dtype, backend.device(), rows);
+    const MemoryPlan plan = plan_of(config, matrices, backend.device(), rows);
     if (plan.state + plan.activations <= usable) break;
   }
   if (rows < wanted && note)
-    note(fmt::format("{} of device memory are free: {} rows at a time instead of {}",
-                     binary_size(room), rows, wanted));
+    (*note)(fmt::format("{} of device memory are free: {} rows at a time instead of {}",
+                        binary_size(room), rows, wanted));
   return rows;
 }
 
@@ -111,7 +111,7 @@ void Parts::halve(Backend& backend, int64_t rows) {
   const std::lock_guard lock(mutex_);
   if (most_ > 0 && most_ <= rows) return;  // another worker was first
   most_ = rows;
-  if (note_) note_(fmt::format("out of device memory: {} rows at a time from here on", rows));
+  if (note_) (*note_)(fmt::format("out of device memory: {} rows at a time from here on", rows));
 }
 
 }  // namespace coil

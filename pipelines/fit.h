@@ -13,8 +13,6 @@
 
 namespace coil {
 
-using Note = std::function<void(const std::string&)>;  // for a person; may be empty
-
 constexpr int64_t kFewestRows = 256;  // of a batch that is made smaller
 
 // Of the memory that a device has room for, what may be planned with: a sixteenth, at least 256
@@ -24,7 +22,8 @@ int64_t plannable(int64_t room, Device device);
 // auto_batch, or the largest half, quarter, … of it, at least kFewestRows, that the device has
 // memory for beside a model that it holds already. A function of network and device alone unless
 // memory is short; then `note` is told.
-int64_t fitting_batch(const Backend& backend, const Model& model, const Note& note);
+int64_t fitting_batch(const Backend& backend, const Config& config, DType matrices,
+                      const Note* note = nullptr);
 
 // "--batch 32768 would fit": the largest half, quarter, … of `asked` rows for which a run with the
 // model would fit into what this program holds and what is free. Where none would, says so.
@@ -38,8 +37,8 @@ class Parts {
  public:
   static constexpr int kSpare = 2;  // slots behind the stream's, for each worker
   // may_halve: false where a person asked for the size of batches.
-  Parts(const Stream& stream, bool may_halve, Note note)
-      : slots_(stream.slots()), may_halve_(may_halve), note_(std::move(note)) {}
+  Parts(const Stream& stream, bool may_halve, const Note* note)
+      : slots_(stream.slots()), may_halve_(may_halve), note_(note) {}
   // compute(part) gives the numbers of its rows or of the sequences that end in it, in order; the
   // parts' numbers are joined.
   std::vector<float> run(Backend& backend, Stream::Batch& batch, int worker,
@@ -49,7 +48,7 @@ class Parts {
   void halve(Backend& backend, int64_t rows);
   int32_t slots_;
   bool may_halve_;
-  Note note_;
+  const Note* note_;
   std::mutex mutex_;               // of note_
   std::atomic<int64_t> most_ = 0;  // rows of a part; 0: no limit
 };

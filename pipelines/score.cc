@@ -77,7 +77,9 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
   const bool chosen_here = stream_options.batch <= 0;
-  if (chosen_here) stream_options.batch = fitting_batch(backend, model, stream_options.note);
+  if (chosen_here)
+    stream_options.batch =
+        fitting_batch(backend, model.config, model.embedding.view().dtype, stream_options.note);
   Workers workers(backend);
   Stream stream(source, stream_options, workers.count());
   State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());

@@ -31,6 +31,8 @@
 
 namespace coil {
 
+using Note = std::function<void(const std::string&)>;  // a line for a person
+
 enum class Strands : uint8_t { both, forward, reverse };
 Strands parse_strands(const std::string& text);  // throws UsageError
 
@@ -41,7 +43,7 @@ struct StreamOptions {
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
   // Told, once, where memory makes batches smaller than they would be.
-  std::function<void(const std::string&)> note;
+  const Note* note = nullptr;
 };
 // A function of the network and the kind of device alone. CPU: rows whose activations in one layer
 // stay in the cache. GPU: rows that fill it, within 2 GB.

@@ -548,11 +548,11 @@ void Trainer::evaluate_now() {
       .train_loss = progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0,
       .learning_rate = learning_rate(options_, step_)};
   point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
+  const Note note = [this](const std::string& text) { say("note: evaluation: " + text); };
   if (!parts_.held_out.empty())
-    point.validation = evaluate(
-        backend_, computing(), options_.validation.empty() ? all_ : validation_, parts_.held_out,
-        {.both_strands = options_.reverse_complement,
-         .note = [this](const std::string& text) { say("note: evaluation: " + text); }});
+    point.validation =
+        evaluate(backend_, computing(), options_.validation.empty() ? all_ : validation_,
+                 parts_.held_out, {.both_strands = options_.reverse_complement, .note = &note});
   const Metrics& m = point.validation.metrics;
   // Without a validation set the last model stands.
   double metric = static_cast<double>(step_), loss = 0;

@@ -2,6 +2,7 @@
 // error says, that batches are made to fit, and that answers stay what they were.
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <regex>
 
 #include "kernels/error.h"
@@ -130,7 +131,7 @@ TEST_F(MemoryFit, ThePlanIsWhatIsAllocated) {
   const Config small = network(gpu ? 256 : 64, gpu ? 8 : 2, 16);
   const Config wide = network(gpu ? 768 : 96, 2, gpu ? 50'280 : 3000);
   for (const DType matrices : {DType::f32, DType::bf16}) {
-    for (const Config* config : {&classifier, &small, &wide}) {
+    for (const Config* config : {static_cast<const Config*>(&classifier), &small, &wide}) {
       const int64_t rows = (config == &wide ? 1024 : 8192) * scale;
       for (const int64_t sequences : {1, 8}) {
         MemoryRequest request{.length = rows / sequences,
@@ -205,10 +206,10 @@ Tensor steal(Backend& owner, Backend& from, const Config& config, double share) 
       config,
       {.length = static_cast<int64_t>(static_cast<double>(rows) * share), .device = from.device()});
   from.release_kept();
-  const int64_t left = plan.activations + (2 << 20);
-  // Size classes are eighths: what is taken is at most what is meant.
-  const int64_t size = (from.memory().free - left) / 9 * 8;
-  return Tensor(owner, DType::u8, {std::max<int64_t>(size, 1)});
+  const int64_t slack = from.device().kind == Device::Kind::cpu ? 256 << 10 : 4 << 20;
+  const int64_t most = from.memory().free - plan.activations - slack;
+  const auto step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most))) / 8;
+  return Tensor(owner, DType::u8, {most / step * step});  // a size class
 }
 
 class MemoryFitOf : public MemoryFit, public testing::WithParamInterface<Pooling> {};
@@ -223,7 +224,8 @@ TEST_P(MemoryFitOf, ABatchOfAutoFitsIntoWhatIsFree) {
   for (const double share : {0.5, 0.1}) {
     Tight tight(config, share);
     std::vector<std::string> notes;
-    const StreamOptions options{.note = [&](const std::string& note) { notes.push_back(note); }};
+    const Note note = [&](const std::string& text) { notes.push_back(text); };
+    const StreamOptions options{.note = &note};
     expect_same(classified(*tight.backend, tight.model, records, options), expected);
     ASSERT_GE(notes.size(), 1u);
     EXPECT_NE(notes[0].find("rows at a time instead of"), notes[0].npos) << notes[0];
@@ -243,7 +245,8 @@ TEST_P(MemoryFitOf, MemoryThatIsTakenHalfWayChangesNoAnswer) {
   const auto progress = [&](const Stream&) {
     if (++turns == 2) taken = steal(*tight.backend, *tight.backend, config, 0.2);
   };
-  const StreamOptions options{.note = [&](const std::string& note) { notes.push_back(note); }};
+  const Note note = [&](const std::string& text) { notes.push_back(text); };
+  const StreamOptions options{.note = &note};
   expect_same(classified(*tight.backend, tight.model, records, options, progress), expected);
   ASSERT_GE(notes.size(), 1u);
   EXPECT_NE(notes[0].find("out of device memory: "), notes[0].npos) << notes[0];
@@ -272,8 +275,8 @@ TEST_F(MemoryFit, ScoresAreTheSameToo) {
   Tight tight(config, 1.2);
   int notes = 0, turns = 0;
   Tensor taken;
-  const StreamOptions stream{.strands = Strands::forward,
-                             .note = [&](const std::string&) { ++notes; }};
+  const Note note = [&](const std::string&) { ++notes; };
+  const StreamOptions stream{.strands = Strands::forward, .note = &note};
   expect_same(scored(*tight.backend, tight.model, {.stream = stream},
                      [&](const Stream&) {
                        if (++turns == 1) taken = steal(*tight.backend, *tight.backend, config, 0.2);
@@ -296,10 +299,10 @@ TEST_F(MemoryFit, AnEvaluationGoesOnInSmallerBatches) {
   Tight tight(config, 0.5);
   int notes = 0;
   Tensor taken;  // when the first size of batches has been settled
-  const auto note = [&](const std::string&) {
+  const Note note = [&](const std::string&) {
     if (++notes == 1) taken = steal(*tight.backend, *tight.backend, config, 0.2);
   };
-  const Evaluation found = evaluate(*tight.backend, tight.model, all, all.items, {.note = note});
+  const Evaluation found = evaluate(*tight.backend, tight.model, all, all.items, {.note = &note});
   EXPECT_GE(notes, 2);
   expect_same(found.probabilities, expected.probabilities);
 }
@@ -339,10 +342,11 @@ TEST_F(MemoryFit, AFullCardIsClassifiedOn) {
     return plan_memory(config, {.length = of, .device = gpu->device()}).activations;
   };
   std::vector<std::string> notes;
-  const StreamOptions options{.note = [&](const std::string& note) {
-    notes.push_back(note);
-    fmt::print("[ memory   ] {}\n", note);
-  }};
+  const Note note = [&](const std::string& text) {
+    notes.push_back(text);
+    fmt::print("[ memory   ] {}\n", text);
+  };
+  const StreamOptions options{.note = &note};
   fill_up_to(need(rows / 4) + (int64_t{300} << 20));
   expect_same(classified(*gpu, model, records, options), expected);
   EXPECT_EQ(notes.size(), 1u);  // as planned, nothing ran out
