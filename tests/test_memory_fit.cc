@@ -2,7 +2,11 @@
 // error says, that batches are made to fit, and that answers stay what they were.
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
 #include <bit>
+#include <filesystem>
+#include <fstream>
 #include <regex>
 
 #include "kernels/error.h"
@@ -12,6 +16,7 @@
 #include "pipelines/evaluate.h"
 #include "pipelines/fit.h"
 #include "pipelines/score.h"
+#include "pipelines/train.h"
 #include "tests/model_testing.h"
 #include "tests/records.h"
 
@@ -317,6 +322,42 @@ TEST_F(MemoryFit, ASizeThatWasAskedForIsAnErrorAndTheHintFits) {
   std::smatch found;
   ASSERT_TRUE(std::regex_match(hint, found, std::regex("--batch ([0-9]+) would fit"))) << hint;
   classified(*tight.backend, tight.model, records, {.batch = std::stoll(found[1])});
+}
+
+TEST_F(MemoryFit, TrainingThatDoesNotFitSaysWhichBatchWould) {
+  const int64_t tokens = training_rows(make_limited(kNoLimit)->device());
+  const std::string folder = testing::TempDir() + "memory_fit_" + std::to_string(getpid());
+  std::filesystem::create_directories(folder);
+  std::string text = ">r\n";
+  for (const uint8_t code : random_codes(2 * tokens, 3, 0)) text += "-ACGT"[code];
+  std::ofstream(folder + "/x.fa") << text << '\n';
+  TrainOptions options{.data = {folder + "/x.fa"}, .out = folder + "/m"};
+  options.objective = Objective::lm;
+  options.max_length = 512;
+  options.d = 32;
+  options.layers = 2;
+  options.steps = 2;
+  options.batch_tokens = tokens;
+  Config config = network(options.d, options.layers, 16);
+  const Device device = make_limited(kNoLimit)->device();
+  const int64_t third =
+      plan_memory(config, {.length = tokens / 3, .train = true, .device = device}).total();
+  const int64_t limit = third + std::max(third - plannable(third, device), third / 14);
+  std::string hint;
+  try {
+    train(*make_limited(limit), options);
+    FAIL() << "fits into " << binary_size(limit);
+  } catch (const OutOfMemory& error) {
+    hint = error.hint();
+  }
+  std::smatch found;
+  ASSERT_TRUE(std::regex_match(hint, found, std::regex("--batch-tokens ([0-9]+) would fit")))
+      << hint;
+  options.batch_tokens = std::stoll(found[1]);
+  EXPECT_EQ(options.batch_tokens, tokens / 4);
+  std::filesystem::remove_all(options.out);
+  EXPECT_EQ(train(*make_limited(limit), options), 0);
+  std::filesystem::remove_all(folder);
 }
 
 #ifdef COIL_TEST_CUDA
