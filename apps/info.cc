@@ -163,8 +163,9 @@ std::string text_of(const InfoOptions& options, const Config& config,
     line("moments", plan.moments, "f32, two of AdamW");
     if (plan.copy > 0) line("copy", plan.copy, "of the weights, matrices bf16");
     line("activations", plan.activations,
-         fmt::format("grow with batch × length, of {} at a time",
-                     counted(request.sequences, "sequence")));
+         request.sequences == options.batch ? "grow with batch × length"
+                                            : fmt::format("grow with length, of {} at a time",
+                                                          counted(request.sequences, "sequence")));
   } else {
     text += fmt::format("\nmemory to read {}, {} at a time\n", of,
                         with_commas(std::min(request.chunk, request.length)));

@@ -36,9 +36,9 @@ void* Blocks::alloc(int64_t bytes) {
     kept_bytes_ -= size;
   } else {
     const int64_t most = std::max(most_in_use_, in_use_ + size);
-    const int64_t bound =
-        most + static_cast<int64_t>(device_.kept_share * static_cast<double>(most)) +
-        device_.kept_always;
+    const int64_t bound = most +
+                          static_cast<int64_t>(device_.kept_share * static_cast<double>(most)) +
+                          device_.kept_always;
     while (kept_bytes_ > 0 && in_use_ + size + kept_bytes_ > bound) release_oldest();
     data = obtain(size);
     if (!data && !kept_.empty()) {
@@ -113,7 +113,8 @@ void Blocks::out_of_memory(int64_t bytes) const {
   std::string message = fmt::format("{}: out of memory: {} ({} bytes) asked for, ", device_.name,
                                     binary_size(bytes), bytes);
   if (memory.free >= 0)
-    message += fmt::format("{} free of {}, ", binary_size(memory.room()), binary_size(memory.total));
+    message +=
+        fmt::format("{} free of {}, ", binary_size(memory.room()), binary_size(memory.total));
   throw OutOfMemory(message + binary_size(memory.in_use) + " held by coil",
                     "coil info MODEL --length … plans memory");
 }

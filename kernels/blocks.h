@@ -29,20 +29,20 @@ std::string binary_size(int64_t bytes);  // "1.25 GiB", "310 MiB", "12 KiB"
 
 struct Memory {  // bytes
   int64_t in_use = 0;
-  int64_t kept = 0;                // freed, for the next of their size
-  int64_t peak = 0;                // the most in use since restart_peak()
-  int64_t free = -1, total = -1;   // of the device; -1: not known
+  int64_t kept = 0;               // freed, for the next of their size
+  int64_t peak = 0;               // the most in use since restart_peak()
+  int64_t free = -1, total = -1;  // of the device; -1: not known
   int64_t room() const { return free < 0 ? -1 : free + kept; }  // what can still be allocated
 };
 
 class Blocks {
  public:
   struct Device {
-    std::string name;             // for messages
+    std::string name;  // for messages
     int64_t alignment = 64;
-    double kept_share = 0;        // of the most ever in use, kept beyond it,
-    int64_t kept_always = 0;      // and so many bytes
-    int64_t limit = kNoLimit;     // bytes in use and kept
+    double kept_share = 0;                   // of the most ever in use, kept beyond it,
+    int64_t kept_always = 0;                 // and so many bytes
+    int64_t limit = kNoLimit;                // bytes in use and kept
     std::function<void*(int64_t)> allocate;  // null where there is no room
     std::function<void(void*)> release;
     std::function<void(Memory&)> look;  // optional: sets free and total

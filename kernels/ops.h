@@ -234,7 +234,7 @@ class Backend {
   virtual void free(void* data) = 0;
   virtual Memory memory() const { return {}; }
   virtual void restart_peak() {}
-  virtual void release_kept() {}  // freed blocks go back to the device
+  virtual void release_kept() {}              // freed blocks go back to the device
   virtual void copy(View from, View to) = 0;  // same shape; casts, strides, and crosses devices
   virtual void fill(View x, double value) = 0;
   virtual void sync() = 0;

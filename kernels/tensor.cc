@@ -156,7 +156,9 @@ View on_host(Backend& backend, const View& view, std::vector<std::byte>& kept) {
 
 void* Backend::alloc_host(int64_t bytes) {
   void* const data = std::malloc(std::max<int64_t>(bytes, 1));
-  if (!data) throw OutOfMemory(fmt::format("out of memory: {} of host memory asked for", binary_size(bytes)));
+  if (!data)
+    throw OutOfMemory(
+        fmt::format("out of memory: {} of host memory asked for", binary_size(bytes)));
   return data;
 }
 

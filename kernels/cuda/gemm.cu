@@ -125,9 +125,7 @@ struct CudaBackend::Products {
   void* workspace = nullptr;  // kDeviceWorkspace bytes, of the backend's blocks
   std::map<Key, Algorithm> algorithms;
 
-  Products() {
-    check_blas(library.create(&handle), "cublasLtCreate");
-  }
+  Products() { check_blas(library.create(&handle), "cublasLtCreate"); }
   ~Products() {
     if (handle) library.destroy(handle);
   }
