@@ -47,6 +47,7 @@ class CountingBackend final : public Backend {
   void run(const Pool&) override {}
   void run(const PoolBackward&) override {}
   void run(const CrossEntropy&) override {}
+  void run(const Sample&) override {}
   void run(const SumSquares&) override {}
   void run(const AdamW&) override {}
 
