@@ -99,6 +99,10 @@ inline Cost cost_of(const CrossEntropy& op) {
   return {.flops = 5. * static_cast<double>(op.logits.count()),
           .bytes = bytes_of({op.logits, op.targets, op.loss, op.dlogits})};
 }
+inline Cost cost_of(const Sample& op) {
+  return {.flops = 5. * static_cast<double>(op.logits.count()),
+          .bytes = bytes_of({op.logits, op.ids, op.streams, op.log_probs})};
+}
 inline Cost cost_of(const SumSquares& op) {
   double count = 0;
   for (const View& x : op.x) count += static_cast<double>(x.count());

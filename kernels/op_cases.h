@@ -236,6 +236,18 @@ inline void OpCases::add_dense() {
     on.run(CrossEntropy{
         .logits = logits, .targets = targets, .loss = loss, .dlogits = dlogits, .total = total});
   });
+  const View drawn = add(DType::i32, {t}), log_probs = values({t});
+  for (const float top_p : {1.f, 0.9f})
+    add(top_p < 1 ? "sample top_k top_p" : "sample", 0, {logits}, {drawn, log_probs},
+        [=, top_k = top_p < 1 ? v / 2 : 0](Backend& on) {
+          on.run(Sample{.logits = logits,
+                        .ids = drawn,
+                        .log_probs = log_probs,
+                        .temperature = 0.9f,
+                        .top_k = top_k,
+                        .top_p = top_p,
+                        .seed = 5});
+        });
   add_optimizer();
 }
 

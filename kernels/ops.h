@@ -193,6 +193,30 @@ struct CrossEntropy {
   float scale = 1;
 };
 
+// ids[i] = an id drawn from softmax(logits[i] / temperature) over the ids that top_k and top_p
+// leave.
+//   temperature  0: the largest logit, the lowest of equals; nothing is drawn.
+//   top_k        the k largest logits remain, of equal ones the lower ids. 0 or from v on: all.
+//   top_p        of those, by their probabilities at this temperature: all whose logit is not below
+//                the largest threshold at which they sum to top_p; equal logits go or stay
+//                together. 1: all.
+// The draw is the first 64 bits of Philox keyed by (seed, streams[i], step): what a sequence gets
+// does not depend on what shares its batch. Probabilities are multiples of 2^-46 of the largest,
+// the same on every device (kernels/sample.h): the same logits give the same ids everywhere. -inf
+// rules an id out. A row with NaN, or without a finite largest logit, gives id -1 and log_prob NaN.
+// log_probs[i] = log softmax(logits[i])[ids[i]] in nats, of the logits as they came: temperature 1,
+// nothing left out.
+struct Sample {
+  View logits;     // (m,v) f32, v up to 65,536
+  View ids;        // (m) i32: may be the ids that the next embed reads
+  View streams;    // optional (m) i32: of each row's sequence; left out: row i has stream i
+  View log_probs;  // optional (m) f32
+  float temperature = 1;
+  int64_t top_k = 0;
+  float top_p = 1;
+  uint64_t seed = 0, step = 0;
+};
+
 // out(1) f64 += sum of x^2 over all x; each f32, any contiguous shape. Summed in f64 in a fixed
 // order.
 struct SumSquares {
@@ -264,6 +288,7 @@ class Backend {
   virtual void run(const Pool&) = 0;
   virtual void run(const PoolBackward&) = 0;
   virtual void run(const CrossEntropy&) = 0;
+  virtual void run(const Sample&) = 0;
   virtual void run(const SumSquares&) = 0;
   virtual void run(const AdamW&) = 0;
 };

@@ -38,6 +38,7 @@ class CountingBackend final : public Backend {
   void run(const Pool& op) override { costs.push_back(cost_of(op)); }
   void run(const PoolBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const CrossEntropy& op) override { costs.push_back(cost_of(op)); }
+  void run(const Sample& op) override { costs.push_back(cost_of(op)); }
   void run(const SumSquares& op) override { costs.push_back(cost_of(op)); }
   void run(const AdamW& op) override { costs.push_back(cost_of(op)); }
 

@@ -45,10 +45,7 @@ void allocate(Backend& backend, const Param& param, DType dtype = DType::f32);
 // with one more tensor has the others unchanged.
 std::vector<float> initial_values(const ParamInfo& info, const Config& config, uint64_t seed);
 
-// Philox 4x32-10 (Salmon et al. 2011): four random words from a counter and a key.
-void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
-
-// Philox keyed by (seed, stream, step): the only random numbers of the program. 2^34 words each.
+// Philox (kernels/philox.h) keyed by (seed, stream, step): the only random numbers of the program. 2^34 words each.
 class Philox {
  public:
   Philox(uint64_t seed, uint32_t stream, uint64_t step);

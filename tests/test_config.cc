@@ -13,6 +13,7 @@
 #include <set>
 
 #include "kernels/error.h"
+#include "kernels/philox.h"
 #include "model/head.h"
 
 namespace coil {

@@ -42,6 +42,7 @@ class CpuBackend final : public Backend {
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;
+  void run(const Sample&) override;
   void run(const SumSquares&) override;
   void run(const AdamW&) override;
 

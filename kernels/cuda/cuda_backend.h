@@ -53,6 +53,7 @@ class CudaBackend final : public Backend {
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;
+  void run(const Sample&) override;
   void run(const SumSquares&) override;
   void run(const AdamW&) override;
 
