@@ -25,23 +25,27 @@ template <>
 struct SlopeAndGate<float> {};
 
 template <class T>
-struct WaveBackWarp {              // a warp's shared memory
-  T act[2][4][kScanSteps][32];     // x, dt, dy, z: of this tile and of the next
-  float before[2][kStates][32];    // states before a tile's first step
-  float4 sums[8][kScanSteps * 8];  // of each quad dB | dC of each step; see chunk_of
+struct WaveBackWarp {            // a warp's shared memory
+  T act[2][4][kScanSteps][32];   // x, dt, dy, z: of this tile and of the next
+  float before[2][kStates][32];  // states before a tile's first step
+  // Of each quad the steps, in them dB | dC, four values at a place whose last three bits are
+  // flipped by step and quad: neither lanes that store at once nor those that read meet in a bank.
+  float4 sums[8][kScanSteps][8];
   float4 rate[kFours][32], dA[kFours][32];
   float4 mail[kFours][32];  // carried to the step before this warp's tile
   Matrices matrices;
   SlopeAndGate<T> more;
 };
 
-// Where four values lie in a row of sums: so that neither the lanes that store a few at once nor
-// those that read meet in a bank.
-__device__ inline int chunk_of(int quad, int step, int four) {
-  return step * 8 + (four ^ (step % 4 + quad % 2 * 4));
-}
+template <class T>
+struct WaveBack {
+  WaveBackWarp<T> warp[kBackWarps];
+  float4 begin[kFours][32];           // what comes in at the piece's end
+  uint64_t mail[kBackWarps][kFours];  // barriers
+};
 
-// Waits for the end of a round of one warp's four states; ends it.
+// Mail of one warp, four states of 32 channels; by hand, since a barrier that the compiler knows of
+// would have it read B and C once more. Waits for the end of a round; reads; writes and ends it.
 __device__ inline void wait_for_letter(uint64_t* mail, uint32_t round) {
 #ifdef __CUDA_ARCH__
   const auto at = static_cast<uint32_t>(__cvta_generic_to_shared(mail));
@@ -56,8 +60,14 @@ __device__ inline void wait_for_letter(uint64_t* mail, uint32_t round) {
 #endif
         "selp.u32 %0, 1, 0, p;\n\t}"
         : "=r"(there)
-        : "r"(at), "r"(round)
-        : "memory");
+        : "r"(at), "r"(round));
+#endif
+}
+__device__ inline void read_letter(const float4& letter, float (&to)[kFew]) {
+#ifdef __CUDA_ARCH__
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(&letter))));
 #endif
 }
 __device__ inline void post_letter(uint64_t* mail) {
@@ -84,14 +94,11 @@ template <class T>
 __global__ void __launch_bounds__(kBackWarps * 32, 1)
     wave_back_kernel(const ScanBack<T> op, int groups) {
   extern __shared__ float4 memory[];
-  __shared__ uint64_t mail[kBackWarps][kFours];
   using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint2>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  WaveBackWarp<T>& own = reinterpret_cast<WaveBackWarp<T>*>(memory)[warp];
-  const WaveBackWarp<T>& after =
-      reinterpret_cast<WaveBackWarp<T>*>(memory)[(warp + kBackWarps - 1) % kBackWarps];
-  uint64_t* const own_mail = mail[warp];
-  uint64_t* const after_mail = mail[(warp + kBackWarps - 1) % kBackWarps];
+  const int after = (warp + kBackWarps - 1) % kBackWarps;  // takes the tile after
+  WaveBack<T>& shared = *reinterpret_cast<WaveBack<T>*>(memory);
+  WaveBackWarp<T>& own = shared.warp[warp];
   const Piece piece = op.pieces[blockIdx.x];
   const int direction = op.reverse ? -1 : 1, e = static_cast<int>(op.e);
   const int steps = static_cast<int>(piece.length);
@@ -101,10 +108,10 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
   const int64_t first_row = op.row(piece, 0);
   constexpr int kHop = kBackWarps * kScanSteps;  // steps from a warp's tile to its next
 
-  if (lane < kFours) empty_mail(&own_mail[lane]);
+  if (lane < kFours) empty_mail(&shared.mail[warp][lane]);
   __syncthreads();
   if (warp == kBackWarps - 1)  // the first letter, like the first of any piece, is not read
-    for (int f = 0; f < kFours; ++f) post_letter(&own_mail[f]);
+    for (int f = 0; f < kFours; ++f) post_letter(&shared.mail[warp][f]);
 
   // What this lane copies: words of a row of an activation, of a row of checkpoints, and four
   // states of B and C. Tiles are counted from the piece's begin.
@@ -179,6 +186,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
   fetch(0);
 
   const int quad = lane / 4, in_quad = lane % 4;
+  const int sum_place = (quad * kScanSteps + in_quad) * 8 + (in_quad + quad % 2 * 4);
   int buffer = 0;
   uint32_t parity = 0;  // of the round
   for (int block_channel = begin_channel; block_channel < end_channel; block_channel += 32) {
@@ -190,6 +198,16 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
       for (int f = 0; f < kFours; ++f) {
         own.rate[f][lane] = {rate[4 * f], rate[4 * f + 1], rate[4 * f + 2], rate[4 * f + 3]};
         own.dA[f][lane] = {0, 0, 0, 0};
+      }
+    }
+    if (warp == 0) {
+      const bool there = op.dstate && piece.to >= 0;
+      const float* const from = there ? op.dstate_at(piece.to, channel) : nullptr;
+#pragma unroll
+      for (int f = 0; f < kFours; ++f) {
+        float4 begin = {0, 0, 0, 0};
+        if (there) begin = {from[4 * f], from[4 * f + 1], from[4 * f + 2], from[4 * f + 3]};
+        shared.begin[f][lane] = begin;
       }
     }
     const float bias = op.dt_bias[channel], D = op.D[channel];
@@ -214,8 +232,8 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
       fetch(buffer ^ 1);
       if (tile < 0) {
         for (int f = 0; f < kFours; ++f) {
-          wait_for_letter(&after_mail[f], parity);
-          post_letter(&own_mail[f]);
+          wait_for_letter(&shared.mail[after][f], parity);
+          post_letter(&shared.mail[warp][f]);
         }
         buffer ^= 1;
         parity ^= 1;
@@ -259,6 +277,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
         for (int s = 0; s < kScanSteps; ++s)
           if (s >= left) delta[s] = kept_slope[s][lane] = 0;
       }
+      const auto& letters = tile == tiles - 1 ? shared.begin : shared.warp[after].mail;
 #pragma unroll 1
       for (int f = 0; f < kFours; ++f) {
         float h[32], a[32], before[kFew];  // (steps, states)
@@ -284,17 +303,8 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
             y[s] = fmaf(h[s * kFew + i], own.matrices.C[s][f * kFew + i], y[s]);
           }
         }
-        wait_for_letter(&after_mail[f], parity);
-        if (tile < tiles - 1) {
-          const float4 letter = after.mail[f][lane];
-          carried[0] = letter.x, carried[1] = letter.y;
-          carried[2] = letter.z, carried[3] = letter.w;
-        } else {
-          const bool there = op.dstate && piece.to >= 0;
-          const float* const from = there ? op.dstate_at(piece.to, channel) + f * kFew : nullptr;
-#pragma unroll
-          for (int i = 0; i < kFew; ++i) carried[i] = there ? from[i] : 0;
-        }
+        wait_for_letter(&shared.mail[after][f], parity);
+        read_letter(letters[f][lane], carried);
         // From here on a and h give way to what is summed over channels, dB and dC.
 #pragma unroll
         for (int s = kScanSteps - 1; s >= 0; --s) {
@@ -312,19 +322,20 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
           }
         }
         own.mail[f][lane] = {carried[0], carried[1], carried[2], carried[3]};
-        post_letter(&own_mail[f]);
+        post_letter(&shared.mail[warp][f]);
 #pragma unroll
         for (int i = 0; i < kFew; ++i) four(own.dA)[i] = dA[i];
-        if (tile == 0 && op.dinitial) {
+        float4* const to = &own.sums[0][0][0];
+        to[sum_place ^ f] = sum_quads<T>(a);
+        to[(sum_place ^ f) + 4 * 8] = sum_quads<T>(a + 16);
+        to[sum_place ^ f ^ 4] = sum_quads<T>(h);
+        to[(sum_place ^ f ^ 4) + 4 * 8] = sum_quads<T>(h + 16);
+      }
+      if (tile == 0 && op.dinitial) {
 #pragma unroll
-          for (int i = 0; i < kFew; ++i)
-            op.dinitial[op.in_tile(blockIdx.x, f * kFew + i, channel)] = carried[i];
-        }
-        float4* const row = own.sums[quad];
-        row[chunk_of(quad, in_quad, f)] = sum_quads<T>(a);
-        row[chunk_of(quad, in_quad + 4, f)] = sum_quads<T>(a + 16);
-        row[chunk_of(quad, in_quad, f + kFours)] = sum_quads<T>(h);
-        row[chunk_of(quad, in_quad + 4, f + kFours)] = sum_quads<T>(h + 16);
+        for (int i = 0; i < kStates; ++i)
+          op.dinitial[op.in_tile(blockIdx.x, i, channel)] =
+              reinterpret_cast<const float*>(&own.mail[i / kFew][lane])[i % kFew];
       }
       __syncwarp();  // sums are whole
       float slope[kScanSteps];
@@ -349,7 +360,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
         const int s = half * 4 + lane / 8;
         float4 part[8];
 #pragma unroll
-        for (int q = 0; q < 8; ++q) part[q] = own.sums[q][chunk_of(q, s, lane % 8)];
+        for (int q = 0; q < 8; ++q) part[q] = own.sums[q][s][lane % 8 ^ (s % 4 + q % 2 * 4)];
         float4* const at = sum_at + int64_t{direction} * half * 32;
         float4 sum = {0, 0, 0, 0};
         if (add && s < left) sum = *at;

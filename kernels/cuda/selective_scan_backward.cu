@@ -218,7 +218,7 @@ void launch_walk(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
 }
 template <class T>
 void launch_wave(const ScanBack<T>& scan, int groups, cudaStream_t stream) {
-  constexpr int kBytes = kBackWarps * sizeof(WaveBackWarp<T>);
+  constexpr int kBytes = sizeof(WaveBack<T>);
   allow_shared(wave_back_kernel<T>, kBytes);
   const dim3 grid(static_cast<unsigned>(scan.pieces_count), static_cast<unsigned>(scan.planes));
   wave_back_kernel<T><<<grid, kBackWarps * 32, kBytes, stream>>>(scan, groups);
@@ -236,7 +236,7 @@ int wave_groups(const SelectiveScanBackward& op, int processors, int device) {
   int shared = 0;
   check_call(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
              "shared memory");
-  if (shared < static_cast<int>(kBackWarps * sizeof(WaveBackWarp<float>)) + 1024) return 0;
+  if (shared < static_cast<int>(sizeof(WaveBack<float>))) return 0;
   int64_t longest = 1, rounds = 0;  // of the warps
   for (const Piece& piece : op.rows->pieces()) {
     const int64_t own = div_up(piece.length, kBackWarps * kScanSteps);
