@@ -61,7 +61,7 @@ HWY_INLINE W polynomial(W x, const double (&c)[kTerms]) {
 
 // e^x - 1 to a relative 1e-11, for x from -600 to 600; NaN stays.
 HWY_INLINE W exp_minus_one(W x) {
-  static constexpr double kTaylor[] = {1,          1. / 2,      1. / 6,       1. / 24,      1. / 120,
+  static constexpr double kTaylor[] = {1,        1. / 2,    1. / 6,     1. / 24,     1. / 120,
                                        1. / 720, 1. / 5040, 1. / 40320, 1. / 362880, 1. / 3628800};
   const W most = hn::Set(wide, 600), least = hn::Set(wide, -600);
   x = hn::IfThenElse(hn::Lt(x, least), least, hn::IfThenElse(hn::Gt(x, most), most, x));
@@ -78,11 +78,17 @@ HWY_INLINE W exp_minus_one(W x) {
 // e^w - 1 = (e^x - 1) - 2 sin^2(y/2) e^x + i sin(y) e^x.
 HWY_INLINE Complex<W> exp_minus_one(Complex<W> w) {
   static constexpr double kSine[] = {
-      1, -1. / 6, 1. / 120, -1. / 5040, 1. / 362880, -1. / 39916800, 1. / 6227020800,
-      -1. / 1307674368000};
-  static constexpr double kCosine[] = {
-      1,           -1. / 2,       1. / 24,           -1. / 720, 1. / 40320,
-      -1. / 3628800, 1. / 479001600, -1. / 87178291200, 1. / 20922789888000};
+      1,           -1. / 6,        1. / 120,        -1. / 5040,
+      1. / 362880, -1. / 39916800, 1. / 6227020800, -1. / 1307674368000};
+  static constexpr double kCosine[] = {1,
+                                       -1. / 2,
+                                       1. / 24,
+                                       -1. / 720,
+                                       1. / 40320,
+                                       -1. / 3628800,
+                                       1. / 479001600,
+                                       -1. / 87178291200,
+                                       1. / 20922789888000};
   // y/2 less a multiple of pi: sin^2 and sin cos have no other period.
   const W y = hn::Mul(w.im, hn::Set(wide, 0.5));
   const W turns = hn::Round(hn::Mul(y, hn::Set(wide, 0.3183098861837907)));
@@ -116,8 +122,8 @@ HWY_INLINE Discrete discretise(const Op& op, int64_t channel, int64_t i, double 
   result.z = exp_minus_one(scaled(result.A, hn::Set(wide, delta)));
   result.a = {hn::Add(result.z.re, one), result.z.im};
   const W square = hn::MulAdd(result.A.re, result.A.re, hn::Mul(result.A.im, result.A.im));
-  result.z_A = scaled(result.z * Complex<W>{result.A.re, hn::Neg(result.A.im)},
-                      hn::Div(one, square));
+  result.z_A =
+      scaled(result.z * Complex<W>{result.A.re, hn::Neg(result.A.im)}, hn::Div(one, square));
   result.K = scaled(result.C * result.z_A, hn::Set(wide, 2));
   return result;
 }
@@ -126,8 +132,8 @@ HWY_INLINE double delta_of(const View& log_dt, int64_t channel) {
   return std::exp(static_cast<double>(log_dt.as<float>()[channel]));
 }
 
-// z, z of four steps and K of a channel's states: to[k][…], k real and imaginary parts in turn, each
-// of `stride` floats, at least n rounded up to kWide.
+// z, z of four steps and K of a channel's states: to[k][…], k real and imaginary parts in turn,
+// each of `stride` floats, at least n rounded up to kWide.
 template <class Op>
 HWY_INLINE void discretise_channel(const Op& op, int64_t channel, float* to, int64_t stride) {
   const double delta = delta_of(op.log_dt, channel);
@@ -212,8 +218,8 @@ void add_parameter_gradients(const S4dScanBackward& op, const float* sums, int64
     // dK = 2 z/A dC + 2 C/A (delta a - z/A) dA + 2 C a ddelta,  da = delta a dA + A a ddelta
     const Complex<W> dC = scaled(dK * of.z_A, two);
     const Complex<W> C_a = scaled(of.C * of.a, two);
-    const W square = hn::Div(hn::Set(wide, 1),
-                             hn::MulAdd(of.A.re, of.A.re, hn::Mul(of.A.im, of.A.im)));
+    const W square =
+        hn::Div(hn::Set(wide, 1), hn::MulAdd(of.A.re, of.A.re, hn::Mul(of.A.im, of.A.im)));
     const Complex<W> inverse = {hn::Mul(of.A.re, square), hn::Neg(hn::Mul(of.A.im, square))};
     const Complex<W> to_A = (scaled(C_a, step) - of.K) * inverse;
     const Complex<W> dA = dK * to_A + scaled(da * of.a, step);

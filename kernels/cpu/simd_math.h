@@ -174,7 +174,7 @@ HWY_INLINE V softplus(D d, V x, V& slope) {
 // Abramowitz and Stegun's 7.1.26 for erfc, whose error of 1.5e-7 is half that of Phi.
 template <class D, class V>
 HWY_INLINE V gelu(D d, V x, V* slope = nullptr) {
-  const V one = hn::Set(d, 1.0f), most = hn::Set(d, 12.0f);  // where the tail is 0 in f32
+  const V one = hn::Set(d, 1.0f), most = hn::Set(d, 12.0f);  // beyond, nothing is left
   V size = hn::Abs(x);
   size = hn::IfThenElse(hn::Gt(size, most), most, size);  // NaN stays
   const V t = reciprocal(d, hn::MulAdd(size, hn::Set(d, 0.2316418989f), one));
@@ -185,7 +185,10 @@ HWY_INLINE V gelu(D d, V x, V* slope = nullptr) {
   const V density = exp(d, hn::Mul(hn::Mul(size, size), hn::Set(d, -0.5f)));
   const V tail = hn::Mul(hn::Mul(p, t), density);
   const V below = hn::IfThenElse(hn::Lt(x, hn::Zero(d)), tail, hn::Sub(one, tail));
-  if (slope) *slope = hn::MulAdd(hn::Mul(x, density), hn::Set(d, 0.3989422804f), below);
+  if (slope) {
+    const V bounded = hn::CopySign(size, x);
+    *slope = hn::MulAdd(hn::Mul(bounded, density), hn::Set(d, 0.3989422804f), below);
+  }
   return hn::Mul(x, below);
 }
 
