@@ -37,6 +37,12 @@ T cross_entropy(const std::vector<T>& logits, int32_t target, double weight) {
   return weight * (std::log(sum) + most - logits[target]);
 }
 
+// a sigmoid(b).
+template <class T>
+T glu(T a, T b) {
+  return a / (1.0 + std::exp(-b));
+}
+
 // One element of torch.optim.AdamW, in double. step counts from 1.
 struct AdamWElement {
   double w = 0, m = 0, v = 0;
