@@ -161,8 +161,7 @@ void parse_s4d(const Json& value, const std::string& where, Config& config) {
           describe(Json(item.key())));
   const Reader json(value, where, "coil.s4d.");
   config.s4d_states = json.size_or("states", 32);
-  const std::string init = json.one_of_or("init", "lin", {"lin", "inv", "legs"});
-  config.s4d_init = static_cast<S4dInit>(std::ranges::find(kS4dInits, init) - kS4dInits);
+  config.s4d_init = parse_s4d_init(json.one_of_or("init", "lin", {"lin", "inv", "legs"}));
 }
 
 void parse_coil(const Json& value, const std::string& where, Config& config) {
@@ -253,6 +252,21 @@ std::vector<LayerConfig> parse_mixers(const std::string& names, int64_t layers) 
   return all;
 }
 
+std::string mixer_names(const std::vector<LayerConfig>& layers) {
+  std::string names;
+  for (const LayerConfig& layer : layers)
+    names += fmt::format("{}{}", names.empty() ? "" : ",", name_of(layer.mixer));
+  return names;
+}
+
+const char* name_of(S4dInit init) { return kS4dInits[static_cast<int>(init)]; }
+
+S4dInit parse_s4d_init(const std::string& name) {
+  const auto found = std::ranges::find(kS4dInits, name);
+  check(found != std::end(kS4dInits), "s4d init '{}': expected lin, inv or legs", name);
+  return static_cast<S4dInit>(found - kS4dInits);
+}
+
 Config parse_config(const std::string& text, const std::string& where) {
   Json root;
   try {
@@ -331,8 +345,7 @@ std::string to_json(const Config& config) {
   OrderedJson coil;
   if (own) {
     for (const LayerConfig& layer : config.layers) coil["mixers"].push_back(name_of(layer.mixer));
-    coil["s4d"] = {{"states", config.s4d_states},
-                   {"init", kS4dInits[static_cast<int>(config.s4d_init)]}};
+    coil["s4d"] = {{"states", config.s4d_states}, {"init", name_of(config.s4d_init)}};
   }
   coil["objective"] = lm ? "lm" : "classify";
   if (!lm) coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";

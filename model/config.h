@@ -14,15 +14,18 @@ namespace coil {
 
 enum class MixerKind : uint8_t { mamba1, s4d };
 const char* name_of(MixerKind kind);  // "mamba1", …, as in config.json
-// "s4d,mamba1" repeated over `layers` layers, every name checked.
-std::vector<struct LayerConfig> parse_mixers(const std::string& names, int64_t layers);
 struct LayerConfig {
   MixerKind mixer = MixerKind::mamba1;
 };
+// "s4d,mamba1" repeated over `layers` layers, every name checked; and the names of each layer.
+std::vector<LayerConfig> parse_mixers(const std::string& names, int64_t layers);
+std::string mixer_names(const std::vector<LayerConfig>& layers);
 
 // Where the imaginary parts of S4D's A begin (Gu et al. 2022, section 4): pi i; like 1 / i; those
 // of HiPPO-LegS.
 enum class S4dInit : uint8_t { lin, inv, legs };
+const char* name_of(S4dInit init);
+S4dInit parse_s4d_init(const std::string& name);
 
 enum class Objective : uint8_t { lm, classify };
 
