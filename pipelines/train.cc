@@ -76,7 +76,7 @@ void check_ranges(const TrainOptions& o) {
   within("d-model", static_cast<double>(o.d), 1, 1 << 16);
   within("layers", static_cast<double>(o.layers), 1, 1 << 12);
   within("state", static_cast<double>(o.n), 1, 1 << 12);
-  within("s4d-states", static_cast<double>(o.s4d_states), 1, 256);
+  within("s4d-states", static_cast<double>(o.s4d_states), 1, 128);
   within("steps", static_cast<double>(o.steps), 0, kAny);
   within("epochs", o.epochs, 0, kAny);
   within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);

@@ -12,8 +12,8 @@
 namespace coil::cuda {
 
 constexpr int kThreads = 128;
-constexpr int kAtOnce = 8;        // steps
-constexpr int kTogether = 4;      // steps of one update of a state
+constexpr int kAtOnce = 8;    // steps
+constexpr int kTogether = 4;  // steps of one update of a state
 constexpr int64_t kMostStates = 128;
 static_assert(kS4dBlock % kAtOnce == 0);
 
@@ -71,8 +71,7 @@ struct S4dParameters {
   }
   // a^steps - 1.
   __device__ float2 power(int64_t channel, int i, int64_t steps) const {
-    const Complex z =
-        exp_minus_one(static_cast<double>(steps) * delta(channel) * A(channel, i));
+    const Complex z = exp_minus_one(static_cast<double>(steps) * delta(channel) * A(channel, i));
     return {static_cast<float>(z.re), static_cast<float>(z.im)};
   }
 };
@@ -82,7 +81,8 @@ __device__ inline Complex divided(Complex a, Complex b) {
 }
 
 // table (3, n, d) of complex numbers: a - 1, a^4 - 1, K = 2 C (a - 1) / A.
-static __global__ void __launch_bounds__(kThreads) s4d_table_kernel(const S4dParameters of, float2* table) {
+static __global__ void __launch_bounds__(kThreads)
+    s4d_table_kernel(const S4dParameters of, float2* table) {
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (index >= of.n * of.d) return;
   const int64_t channel = index % of.d;
@@ -196,9 +196,8 @@ struct Lanes {
   __device__ void hand_round(const float (&owned)[kOwned], float (&all)[kAtOnce]) const {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j)
-      all[j] = kLanes == 1
-                   ? owned[j / kOwners]
-                   : __shfl_sync(~0u, owned[j / kOwners], j % kOwners * kAcross + across);
+      all[j] = kLanes == 1 ? owned[j / kOwners]
+                           : __shfl_sync(~0u, owned[j / kOwners], j % kOwners * kAcross + across);
   }
   // The sum over lanes of each step, to its owner. In each round a lane hands on half of its sums.
   __device__ void share_out(float (&sums)[kAtOnce], float (&owned)[kOwned]) const {
@@ -254,8 +253,8 @@ __device__ float gradient_of(T dy, T before, bool gelu) {
   return gelu ? to_float(dy) * gelu_slope(to_float(before)) : to_float(dy);
 }
 
-// Steps of a tile, a multiple of kS4dBlock: whole pieces where they fill the card or are short; else
-// so long that blocks of threads come in whole waves of `at_once`.
+// Steps of a tile, a multiple of kS4dBlock: whole pieces where they fill the card or are short;
+// else so long that blocks of threads come in whole waves of `at_once`.
 inline int64_t s4d_tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_once) {
   int64_t longest = 1;
   for (const Piece& piece : rows.pieces()) longest = std::max(longest, piece.length);

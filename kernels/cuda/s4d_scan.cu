@@ -17,8 +17,8 @@ namespace {
 
 using namespace cuda;  // of this file only
 
-constexpr int kStates = 8;       // of a lane
-constexpr int kBlocks = 2;       // of a multiprocessor at once, by registers
+constexpr int kStates = 8;  // of a lane
+constexpr int kBlocks = 2;  // of a multiprocessor at once, by registers
 
 template <class T>
 struct Scan : S4dOperands<T> {
