@@ -17,8 +17,8 @@ namespace {
 
 using namespace cuda;  // of this file only
 
-constexpr int kStates = 8;  // of a lane
-constexpr int kBlocks = 2;  // of a multiprocessor at once, by registers
+constexpr int kStates = 8;                    // of a lane
+constexpr int kBlocks = 2, kLocalBlocks = 3;  // of a multiprocessor at once, by registers
 
 template <class T>
 struct Scan : S4dOperands<T> {
@@ -35,7 +35,8 @@ struct Scan : S4dOperands<T> {
 // A block takes kThreads / kLanes channels over one tile. kLocal: from zero, no output but the end
 // state.
 template <class T, int kLanes, bool kLocal>
-__global__ void __launch_bounds__(kThreads, kBlocks) scan_kernel(const Scan<T> op) {
+__global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kBlocks)
+    scan_kernel(const Scan<T> op) {
   using Warp = Lanes<kLanes>;
   const Warp lanes;
   const int64_t tile = blockIdx.x, channel = lanes.channel(), d = op.of.d;
@@ -73,11 +74,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) scan_kernel(const Scan<T> o
     }
   }
   const auto keep = [&] {
-    if (kLocal || !op.checkpoints) return;
+    if constexpr (!kLocal) {
+      if (!op.checkpoints) return;
 #pragma unroll
-    for (int s = 0; s < kStates; ++s)
-      if (here && first + s < op.of.n) checkpoint[s * d] = h[s];
-    checkpoint += op.of.n * d;
+      for (int s = 0; s < kStates; ++s)
+        if (here && first + s < op.of.n) checkpoint[s * d] = h[s];
+      checkpoint += op.of.n * d;
+    }
   };
   const auto put = [&](float y, int64_t step) {
     if (before_at) before_at[step * before_step] = from_float<T>(y);

@@ -21,7 +21,7 @@ namespace {
 using namespace cuda;  // of this file only
 
 constexpr int kStates = 4, kLocalStates = 8;  // of a lane in the walk and before it
-constexpr int kBlocks = 2;                    // of a multiprocessor at once, by registers
+constexpr int kBlocks = 2, kLocalBlocks = 3;  // of a multiprocessor at once, by registers
 // h before every four steps of a block; a short one has up to 7 single steps.
 constexpr int kKept = (kS4dBlock - kAtOnce) / kTogether + kAtOnce - 1;
 constexpr int kKeptBytes = kKept * kStates * kThreads * sizeof(float2);
@@ -86,7 +86,7 @@ __device__ float2 driven_back(const System<kCount>& system, int s, const float* 
 
 // What a tile hands on to the one before it if nothing comes in from the one after.
 template <class T, int kLanes>
-__global__ void __launch_bounds__(kThreads, kBlocks) local_kernel(const ScanBack<T> op) {
+__global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const ScanBack<T> op) {
   using Warp = Lanes<kLanes>;
   const Warp lanes;
   const int64_t channel = lanes.channel(), d = op.of.d;
@@ -454,9 +454,10 @@ void CudaBackend::run(const S4dScanBackward& op) {
     scan.dinitial = dinitial.as<float2>();
     s4d_table_kernel<<<blocks_of(n * d), kThreads, 0, stream_>>>(scan.of, table.as<float2>());
     check_launch(name);
-    const int64_t of_block = Lanes<1>::kChannels / std::min<int64_t>(32, div_up(n, kStates));
-    scan.tile_length = s4d_tile_length(*op.rows, div_up(d, std::max<int64_t>(1, of_block)),
-                                       kBlocks * int64_t{processors_});
+    with_lanes(n, kStates, [&](auto lanes) {
+      const int64_t slices = div_up(d, Lanes<decltype(lanes)::value>::kChannels);
+      scan.tile_length = s4d_tile_length(*op.rows, slices, kBlocks * int64_t{processors_});
+    });
     const Rows::Tiles& tiles = op.rows->tiles(scan.tile_length);
     scan.first = tiles.first.as<int32_t>();
     const Tensor partial(*this, DType::f32, {tiles.count, 4 * n + 1, d});
