@@ -185,12 +185,11 @@ struct Lanes {
     return blockIdx.y * static_cast<int64_t>(kChannels) + threadIdx.x / 32 * kAcross + across;
   }
   __device__ bool stores() const { return group < kOwners; }
-  // This lane's steps from `from` on, which is the first of eight; whole: all eight are there.
+  // This lane's steps of eight, the first at `from`.
   template <class T>
   __device__ void fetch(const T* from, int64_t stride, bool there, T (&to)[kOwned]) const {
 #pragma unroll
-    for (int m = 0; m < kOwned; ++m)
-      to[m] = there ? from[(m * kOwners + own) * stride] : from_float<T>(0);
+    for (int m = 0; m < kOwned; ++m) to[m] = there ? from[m * kOwners * stride] : from_float<T>(0);
   }
   // All eight, from those who own them.
   __device__ void hand_round(const float (&owned)[kOwned], float (&all)[kAtOnce]) const {

@@ -7,9 +7,9 @@
 // over the tiles of a piece, with a^length; and the walk from the states carried in.
 //
 // Limit: issue slots. Four steps of a state take 20 in the walk and 12 in the pass before it, so a
-// channel's step of 32 states 160 and 96, and about 25 more are of the channel: handing x round,
-// sums over lanes, responses. 8 bytes a channel's step of bf16 with checkpoints are a third of
-// what memory brings meanwhile.
+// channel's step of 32 states 160 and 96; the loops issue about 260 and 115, with handing x round,
+// sums over lanes, responses, GELU and addresses. 8 bytes a channel's step of bf16 with checkpoints
+// are a third of what memory brings meanwhile.
 #include "kernels/cuda/s4d.cuh"
 
 namespace coil {
@@ -51,6 +51,12 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kBlocks)
   const T* x_at = op.x + row * op.x_stride + channel;
   T* y_at = op.y + row * op.y_stride + channel;
   T* before_at = op.before ? op.before + row * op.before_stride + channel : nullptr;
+  const auto move = [&](int64_t by) {
+    x_at += by * x_step;
+    y_at += by * y_step;
+    if (before_at) before_at += by * before_step;
+  };
+  move(lanes.own);  // until single steps come
   float2* checkpoint = nullptr;
   const int first = lanes.group * kStates;
   if (!kLocal && op.checkpoints)
@@ -93,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kBlocks)
     float owned[Warp::kOwned], x[kAtOnce], y[kAtOnce];
 #pragma unroll
     for (int m = 0; m < Warp::kOwned; ++m) owned[m] = to_float(next[m]);
-    x_at += kAtOnce * x_step;
-    lanes.fetch(x_at, x_step, here && done + 2 * kAtOnce <= steps, next);
+    lanes.fetch(x_at + kAtOnce * x_step, x_step, here && done + 2 * kAtOnce <= steps, next);
     lanes.hand_round(owned, x);
 #pragma unroll
     for (int four = 0; four < kAtOnce; four += kTogether) {
@@ -117,26 +122,24 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kBlocks)
       lanes.share_out(y, owned);
       if (here && lanes.stores()) {
 #pragma unroll
-        for (int m = 0; m < Warp::kOwned; ++m) put(owned[m], m * Warp::kOwners + lanes.own);
+        for (int m = 0; m < Warp::kOwned; ++m) put(owned[m], m * Warp::kOwners);
       }
-      y_at += kAtOnce * y_step;
-      if (before_at) before_at += kAtOnce * before_step;
     }
+    move(kAtOnce);
   }
+  move(-lanes.own);
   if (done % kS4dBlock == 0 && done < steps) keep();
 #pragma unroll 1
   for (; done < steps; ++done) {
     const float x = here ? to_float(*x_at) : 0;
-    x_at += x_step;
     if constexpr (!kLocal) {
       float y = system.impulse[0] * x;
 #pragma unroll
       for (int s = 0; s < kStates; ++s) y = add_real(system.k[0][s], h[s], y);
       y = lanes.sum(y);
       if (here && lanes.group == 0) put(y, 0);
-      y_at += y_step;
-      if (before_at) before_at += before_step;
     }
+    move(1);
 #pragma unroll
     for (int s = 0; s < kStates; ++s) {
       const bool there = here && first + s < op.of.n;

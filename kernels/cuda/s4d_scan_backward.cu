@@ -12,7 +12,7 @@
 // memory.
 //
 // Limit: issue slots, 50 for four steps of a state in the walk and 14 in the pass before it: a
-// channel's step of 32 states 400 and 112, and about 60 of the channel.
+// channel's step of 32 states 400 and 112; the loops issue about 680 and 210.
 #include "kernels/cuda/s4d.cuh"
 
 namespace coil {
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
   T dy[Warp::kOwned], before[Warp::kOwned];
   const auto fetch = [&] {  // the eight steps before `left`
     const bool there = here && left >= kAtOnce;
-    lanes.fetch(tile.dy + (left - kAtOnce) * tile.dy_step, tile.dy_step, there, dy);
-    lanes.fetch(tile.before + (left - kAtOnce) * tile.before_step, tile.before_step,
+    lanes.fetch(tile.dy + (left - kAtOnce + lanes.own) * tile.dy_step, tile.dy_step, there, dy);
+    lanes.fetch(tile.before + (left - kAtOnce + lanes.own) * tile.before_step, tile.before_step,
                 there && op.gelu, before);
   };
   fetch();
@@ -204,13 +204,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) walk_kernel(const ScanBack<
       keep += kStates * kThreads;
     };
     T next[Warp::kOwned];
-    lanes.fetch(tile.x + begin * tile.x_step, tile.x_step, here && begin < whole, next);
+    lanes.fetch(tile.x + (begin + lanes.own) * tile.x_step, tile.x_step, here && begin < whole,
+                next);
     for (int at = begin; at < whole; at += kAtOnce) {  // forward again
       float owned[Warp::kOwned], x[kAtOnce];
 #pragma unroll
       for (int k = 0; k < Warp::kOwned; ++k) owned[k] = to_float(next[k]);
-      lanes.fetch(tile.x + (at + kAtOnce) * tile.x_step, tile.x_step, here && at + kAtOnce < whole,
-                  next);
+      lanes.fetch(tile.x + (at + kAtOnce + lanes.own) * tile.x_step, tile.x_step,
+                  here && at + kAtOnce < whole, next);
       lanes.hand_round(owned, x);
 #pragma unroll
       for (int four = 0; four < kAtOnce; four += kTogether) {
@@ -230,10 +231,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks) walk_kernel(const ScanBack<
     T dy[Warp::kOwned], before[Warp::kOwned];
     const auto fetch = [&](int at) {  // eight steps
       const bool all_there = here && at >= begin;
-      lanes.fetch(tile.x + at * tile.x_step, tile.x_step, all_there, next);
-      lanes.fetch(tile.dy + at * tile.dy_step, tile.dy_step, all_there, dy);
-      lanes.fetch(tile.before + at * tile.before_step, tile.before_step, all_there && op.gelu,
-                  before);
+      lanes.fetch(tile.x + (at + lanes.own) * tile.x_step, tile.x_step, all_there, next);
+      lanes.fetch(tile.dy + (at + lanes.own) * tile.dy_step, tile.dy_step, all_there, dy);
+      lanes.fetch(tile.before + (at + lanes.own) * tile.before_step, tile.before_step,
+                  all_there && op.gelu, before);
     };
     fetch(whole - kAtOnce);
 #pragma unroll 1
