@@ -106,19 +106,25 @@ struct Discrete {
 template <class Op>
 HWY_INLINE Discrete discretise(const Op& op, int64_t channel, int64_t i, double delta) {
   const int64_t states = std::min(kWide, op.A_imag.cols() - i);
-  HWY_ALIGN float from[4][kLanes] = {};
-  const float* const C = op.C.template row<float>(channel) + 2 * i;
-  for (int64_t k = 0; k < states; ++k) {
-    from[0][k] = op.log_A_real.template row<float>(channel)[i + k];
-    from[1][k] = op.A_imag.template row<float>(channel)[i + k];
-    from[2][k] = C[2 * k];
-    from[3][k] = C[2 * k + 1];
+  const float* real = op.log_A_real.template row<float>(channel) + i;
+  const float* imag = op.A_imag.template row<float>(channel) + i;
+  const float* C = op.C.template row<float>(channel) + 2 * i;
+  HWY_ALIGN float part[4 * kLanes] = {};
+  if (states < kWide) {
+    std::copy_n(C, 2 * states, part);
+    std::copy_n(real, states, part + 2 * kLanes);
+    std::copy_n(imag, states, part + 3 * kLanes);
+    C = part;
+    real = part + 2 * kLanes;
+    imag = part + 3 * kLanes;
   }
-  const auto load = [&](int k) HWY_ATTR { return hn::PromoteTo(wide, hn::Load(half, from[k])); };
+  hn::Vec<HalfTag> C_real, C_imag;
+  hn::LoadInterleaved2(half, C, C_real, C_imag);
   const W one = hn::Set(wide, 1);
   Discrete result;
-  result.A = {hn::Neg(hn::Add(exp_minus_one(load(0)), one)), load(1)};
-  result.C = {load(2), load(3)};
+  result.A = {hn::Neg(hn::Add(exp_minus_one(hn::PromoteTo(wide, hn::LoadU(half, real))), one)),
+              hn::PromoteTo(wide, hn::LoadU(half, imag))};
+  result.C = {hn::PromoteTo(wide, C_real), hn::PromoteTo(wide, C_imag)};
   result.z = exp_minus_one(scaled(result.A, hn::Set(wide, delta)));
   result.a = {hn::Add(result.z.re, one), result.z.im};
   const W square = hn::MulAdd(result.A.re, result.A.re, hn::Mul(result.A.im, result.A.im));
