@@ -97,6 +97,11 @@ std::string objective_text(const Config& config) {
 }
 
 std::string network_text(const Config& config) {
+  if (config.model_type == "coil")
+    return fmt::format("{} · d {} · e {} · n {} · s4d states {} · conv {} · vocabulary {} · {}",
+                       counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
+                       config.e, config.n, config.s4d_states, config.w, config.vocab,
+                       mixer_names(config.layers));
   return fmt::format("{} · d {} · e {} · n {} · conv {} · dt rank {} · vocabulary {}",
                      counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
                      config.e, config.n, config.w, config.dt_rank, config.vocab);
@@ -200,6 +205,7 @@ std::string json_of(const InfoOptions& options, const Config& config,
                      {"n", config.n},
                      {"conv", config.w},
                      {"dt_rank", config.dt_rank},
+                     {"mixers", mixer_names(config.layers)},
                      {"vocabulary", config.vocab}};
   json["files"] = reader.files();
   json["parameters"] = parameters(config);

@@ -18,8 +18,8 @@
 //   f32 or bf16. CUDA: matrices and activations alike are f32 or bf16, one type throughout an op;
 //   where a comment says f32 for such an operand, read activation type. Always f32: the residual
 //   stream (embed y, norm residual and residual_out and its gradients), state, checkpoints, A_log,
-//   D, dt_bias, conv weights, norm weights, biases, rstd, loss, pooled rows and parameter
-//   gradients. Backend::activations says which type activations have.
+//   D, dt_bias, S4D's parameters, conv weights, norm weights, biases, rstd, loss, pooled rows and
+//   parameter gradients. Backend::activations says which type activations have.
 #pragma once
 
 #include <cstdint>
@@ -137,6 +137,50 @@ struct SelectiveScanBackward {
   View dstate;        // optional (s,e,n): as in Conv1dBackward
   const Rows* rows = nullptr;
   bool reverse = false;
+};
+
+// S4D (Gu, Gupta, Goel and Ré 2022): n complex states a channel, each one of a conjugate pair, in a
+// system that is the same at every step. Per channel c of d, with delta = exp(log_dt),
+//   A = -exp(log_A_real) + i A_imag,   a = exp(delta A),   h[i] = a[i] h[i] + x,
+//   y = sum_i Re(2 C[i] B'[i] h[i]) + D x,  B' = (a - 1) / A,   then GELU (of erf) if asked.
+// Zero-order hold; B is taken into C, and B' to the side of the output, as in S4's own code.
+// checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = kS4dBlock, in order of
+// pieces; (s4d_checkpoints(rows), d, n, 2) f32, layout private to the backend.
+constexpr int64_t kS4dBlock = 64;
+int64_t s4d_checkpoints(const Rows& rows);  // sum of ceil(length / k)
+
+struct S4dScan {
+  View x;                   // (t,d)
+  View log_A_real, A_imag;  // (d,n)
+  View C;                   // (d,n,2): real and imaginary part, as the state
+  View log_dt, D;           // (d)
+  View y;                   // (t,d); may be x
+  View state;               // (s,d,n,2); optional where every piece has from = to = -1
+  View checkpoints;         // optional
+  View before_gelu;         // optional (t,d), for backward: y before GELU; only with gelu
+  const Rows* rows = nullptr;
+  bool gelu = false;
+  bool reverse = false;  // each piece is read from its end; then pieces are whole sequences
+};
+struct S4dScanBackward {
+  View x, log_A_real, A_imag, C, log_dt, D, dy;  // dy (t,d)
+  View checkpoints;                              // required: from forward
+  View before_gelu;                              // from forward; required with gelu
+  View dx;                                       // (t,d); may be dy
+  View dlog_A_real, dA_imag;                     // (d,n) +=
+  View dC;                                       // (d,n,2) +=
+  View dlog_dt, dD;                              // (d) +=
+  View dstate;                                   // optional (s,d,n,2): as in Conv1dBackward
+  const Rows* rows = nullptr;
+  bool gelu = false, reverse = false;
+};
+
+// Gated linear unit (Dauphin et al. 2017): y = a * sigmoid(b) of a row a|b.
+struct Glu {
+  View x, y;  // (t,2d) (t,d)
+};
+struct GluBackward {
+  View x, dy, dx;  // (t,2d) (t,d) (t,2d); dx may be x
 };
 
 // A whole stack of Mamba blocks over a batch in which every piece is one step long: what
@@ -282,6 +326,10 @@ class Backend {
   virtual void run(const Conv1dBackward&) = 0;
   virtual void run(const SelectiveScan&) = 0;
   virtual void run(const SelectiveScanBackward&) = 0;
+  virtual void run(const S4dScan&) = 0;
+  virtual void run(const S4dScanBackward&) = 0;
+  virtual void run(const Glu&) = 0;
+  virtual void run(const GluBackward&) = 0;
   // False, and nothing done, where the backend has no such op or not for these shapes: the caller
   // then takes the ops it stands for.
   virtual bool try_run(const MambaStep&) { return false; }

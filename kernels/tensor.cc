@@ -250,6 +250,12 @@ Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
   return Rows(backend, std::move(pieces));
 }
 
+int64_t s4d_checkpoints(const Rows& rows) {
+  int64_t count = 0;
+  for (const Piece& piece : rows.pieces()) count += (piece.length + kS4dBlock - 1) / kS4dBlock;
+  return count;
+}
+
 int64_t scan_checkpoints(const Backend& backend, const Rows& rows) {
   const int64_t block = scan_block(backend.device());
   int64_t count = 0;

@@ -35,6 +35,10 @@ class CountingBackend final : public Backend {
   void run(const Conv1dBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const SelectiveScan& op) override;
   void run(const SelectiveScanBackward& op) override;
+  void run(const S4dScan& op) override { costs.push_back(cost_of(op)); }
+  void run(const S4dScanBackward& op) override { costs.push_back(cost_of(op)); }
+  void run(const Glu& op) override { costs.push_back(cost_of(op)); }
+  void run(const GluBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const Pool& op) override { costs.push_back(cost_of(op)); }
   void run(const PoolBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const CrossEntropy& op) override { costs.push_back(cost_of(op)); }

@@ -29,6 +29,36 @@ int64_t count_of(const std::vector<int64_t>& shape) {
   return count;
 }
 
+// The imaginary part of eigenvalue m of HiPPO-LegS's normal matrix of 2 `pairs` states. Of its skew
+// part S = (sqrt(2j+1) sqrt(2k+1) / 2 above the diagonal, less that below), S x = i w x gives, with
+// sums q_j of what lies above less what lies below j, q_j / q_{j-1} = -exp(-2i atan(2w / (2j+1))),
+// and from the first q to the last a change of sign: the angles add up to (m + 1/2) pi.
+double legs_frequency(int64_t m, int64_t pairs) {
+  const double wanted = (static_cast<double>(m) + 0.5) * std::numbers::pi;
+  double low = 0, high = 4 * static_cast<double>(pairs * pairs) + 1;
+  for (int step = 0; step < 60; ++step) {  // halves, down to rounding
+    const double middle = (low + high) / 2;
+    double angle = 0;
+    for (int64_t j = 0; j < 2 * pairs; ++j)
+      angle += std::atan(2 * middle / (2 * static_cast<double>(j) + 1));
+    (angle < wanted ? low : high) = middle;
+  }
+  return (low + high) / 2;
+}
+
+double s4d_frequency(S4dInit init, int64_t i, int64_t pairs) {
+  const double both = 2 * static_cast<double>(pairs), at = static_cast<double>(i);
+  switch (init) {
+    case S4dInit::lin:
+      return std::numbers::pi * at;
+    case S4dInit::inv:
+      return both / std::numbers::pi * (both / (2 * at + 1) - 1);
+    case S4dInit::legs:
+      return legs_frequency(i, pairs);
+  }
+  return 0;
+}
+
 // x with softplus(x) = dt.
 double inverse_softplus(double dt) { return dt + std::log(-std::expm1(-dt)); }
 
@@ -78,6 +108,29 @@ std::vector<float> initial_values(const ParamInfo& info, const Config& config, u
     case Init::dt_weight:
       uniform_within(1 / std::sqrt(static_cast<double>(config.dt_rank)));
       break;
+    case Init::normal:
+    case Init::s4d_C:
+      for (float& value : values)
+        value =
+            static_cast<float>(random.normal() * (info.init == Init::normal ? 1 : std::sqrt(0.5)));
+      break;
+    case Init::s4d_A_real:
+      std::fill(values.begin(), values.end(), std::log(0.5f));
+      break;
+    case Init::s4d_A_imag: {
+      const int64_t n = info.shape.back();
+      for (int64_t i = 0; i < count; ++i)
+        values[static_cast<size_t>(i)] =
+            i < n ? static_cast<float>(s4d_frequency(config.s4d_init, i, n))
+                  : values[static_cast<size_t>(i - n)];
+      break;
+    }
+    case Init::log_dt: {
+      const double low = std::log(static_cast<double>(config.dt_min));
+      const double high = std::log(static_cast<double>(config.dt_max));
+      for (float& value : values) value = static_cast<float>(low + random.uniform() * (high - low));
+      break;
+    }
     case Init::dt_bias: {
       const double low = std::log(static_cast<double>(config.dt_min));
       const double high = std::log(static_cast<double>(config.dt_max));

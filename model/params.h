@@ -16,12 +16,17 @@ struct Config;
 enum class Init : uint8_t {
   zeros,
   ones,
-  linear,       // U(±1/sqrt(fan_in)): torch's nn.Linear and nn.Conv1d
-  embedding,    // N(0, 0.02)
-  A_log,        // log(1…n) in every row: S4D-real
-  dt_weight,    // U(±rank^-1/2)
-  dt_bias,      // softplus^-1 of dt, log-uniform in dt_min…dt_max, at least dt_floor
-  residual_out  // linear / sqrt(layers): the residual stream keeps its size
+  linear,        // U(±1/sqrt(fan_in)): torch's nn.Linear and nn.Conv1d
+  embedding,     // N(0, 0.02)
+  A_log,         // log(1…n) in every row: S4D-real
+  dt_weight,     // U(±rank^-1/2)
+  dt_bias,       // softplus^-1 of dt, log-uniform in dt_min…dt_max, at least dt_floor
+  residual_out,  // linear / sqrt(layers): the residual stream keeps its size
+  normal,        // N(0, 1)
+  log_dt,        // log-uniform in dt_min…dt_max
+  s4d_C,         // N(0, 1/2): complex numbers of variance 1
+  s4d_A_real,    // log(1/2)
+  s4d_A_imag     // by config.s4d_init, in every row
 };
 
 struct ParamInfo {

@@ -78,6 +78,7 @@ void check_ranges(const TrainOptions& o) {
   within("d-model", static_cast<double>(o.d), 1, 1 << 16);
   within("layers", static_cast<double>(o.layers), 1, 1 << 12);
   within("state", static_cast<double>(o.n), 1, 1 << 12);
+  within("s4d-states", static_cast<double>(o.s4d_states), 1, 128);
   within("steps", static_cast<double>(o.steps), 0, kAny);
   within("epochs", o.epochs, 0, kAny);
   within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
@@ -249,7 +250,12 @@ Config Trainer::network() const {
     config.e = 2 * options_.d;
     config.n = options_.n;
     config.dt_rank = (options_.d + 15) / 16;
-    config.layers.assign(options_.layers, LayerConfig{});
+    config.layers = parse_mixers(options_.mixers, options_.layers);
+    config.s4d_states = options_.s4d_states;
+    config.s4d_init = parse_s4d_init(options_.s4d_init);
+    const bool mamba = std::ranges::all_of(
+        config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
+    if (!mamba) config.model_type = "coil";
   }
   config.vocab = dna::kVocab;
   config.alphabet = "dna";
@@ -291,6 +297,7 @@ void Trainer::begin() {
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());
   options_.n = config.n;
+  if (!options_.from.empty()) options_.mixers = mixer_names(config.layers);
   model_ = make_model(backend_, config, options_.seed);
   grad_ = zeros_like(backend_, model_);
   if (options_.precision == "bf16") {
@@ -312,10 +319,12 @@ void Trainer::begin() {
   if (parts_.held_out.empty())
     say("note: nothing is held out to validate with: the last model is kept");
   say(fmt::format("{}, d {}, n {}: {}; {} of {}, learning rate {:g}, {}",
-                  counted(options_.layers, "layer"), options_.d, options_.n,
-                  counted(parameters(config), "parameter"), counted(options_.steps, "step"),
-                  counted(options_.batch_tokens, "token"), options_.lr,
-                  counted(options_.threads, "thread")));
+                  config.model_type == "coil"
+                      ? fmt::format("{} ({})", counted(options_.layers, "layer"), options_.mixers)
+                      : counted(options_.layers, "layer"),
+                  options_.d, options_.n, counted(parameters(config), "parameter"),
+                  counted(options_.steps, "step"), counted(options_.batch_tokens, "token"),
+                  options_.lr, counted(options_.threads, "thread")));
   if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
     std::vector<double> counts(all_.labels.size(), 0);
     for (const Example& item : parts_.train) counts[item.label] += 1;

@@ -24,6 +24,9 @@ struct TrainOptions {
   std::string sequence_column = "sequence", label_column = "label", table;
   int64_t min_length = 0, max_length = 0;  // windows; 0: whole records
   int64_t d = 128, layers = 4, n = 16;
+  std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers
+  int64_t s4d_states = 32;        // complex
+  std::string s4d_init = "lin";   // lin | inv | legs
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs
   double epochs = 6;

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <numbers>
+#include <string_view>
 
 #include "kernels/error.h"
 #include "pipelines/train.h"
@@ -42,6 +42,9 @@ void visit(Options& o, F f) {
   f("d", o.d, true);
   f("layers", o.layers, true);
   f("n", o.n, true);
+  f("mixers", o.mixers, true);
+  f("s4d_states", o.s4d_states, true);
+  f("s4d_init", o.s4d_init, true);
   f("steps", o.steps, true);
   f("epochs", o.epochs, true);
   f("batch_tokens", o.batch_tokens, true);
@@ -99,7 +102,8 @@ TrainOptions parse_train_options(const std::string& text) {
   try {
     const json in = json::parse(text);
     visit(options, [&](const char* key, auto& value, bool) {
-      if (in.contains(key) || std::strcmp(key, "precision") != 0)  // older checkpoints have none
+      static constexpr std::string_view kNew[] = {"precision", "mixers", "s4d_states", "s4d_init"};
+      if (in.contains(key) || !std::ranges::count(kNew, key))  // older checkpoints have none
         in.at(key).get_to(value);
     });
     options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;

@@ -66,6 +66,12 @@ inline std::vector<double> sample(const std::vector<double>& logits, double temp
   return probabilities;
 }
 
+// a sigmoid(b).
+template <class T>
+T glu(T a, T b) {
+  return a / (1.0 + std::exp(-b));
+}
+
 // One element of torch.optim.AdamW, in double. step counts from 1.
 struct AdamWElement {
   double w = 0, m = 0, v = 0;

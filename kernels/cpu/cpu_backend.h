@@ -39,6 +39,10 @@ class CpuBackend final : public Backend {
   void run(const Conv1dBackward&) override;
   void run(const SelectiveScan&) override;
   void run(const SelectiveScanBackward&) override;
+  void run(const S4dScan&) override;
+  void run(const S4dScanBackward&) override;
+  void run(const Glu&) override;
+  void run(const GluBackward&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;

@@ -49,6 +49,10 @@ class CudaBackend final : public Backend {
   void run(const Conv1dBackward&) override;
   void run(const SelectiveScan&) override;
   void run(const SelectiveScanBackward&) override;
+  void run(const S4dScan&) override;
+  void run(const S4dScanBackward&) override;
+  void run(const Glu&) override;
+  void run(const GluBackward&) override;
   bool try_run(const MambaStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
