@@ -14,6 +14,12 @@
 // from its checkpoint, keeping h before every four steps. Cells of channels and pieces go to
 // threads (grid.h). Pieces of a few steps (decoding) take a path with states as lanes, without
 // tables.
+//
+// Limit: 20 vector operations for four steps of a state forward, 49 backward. Best of some hundred
+// calls, d 256, n 16, t 2048, one thread: 1.02 ms (2.0 M steps/s) and 2.6 ms, 6.8 and 17 cycles for
+// a vector's state and step, of which the operations, one a cycle, are 5 and 12. Two threads: 0.54
+// and 1.2 ms. One step: 0.025 ms, nearly all of it powers. (2 cores of an AMD EPYC, Zen 4,
+// 2026-11-26)
 #include <omp.h>
 
 #include <algorithm>
