@@ -50,7 +50,8 @@ void allocate(Backend& backend, const Param& param, DType dtype = DType::f32);
 // with one more tensor has the others unchanged.
 std::vector<float> initial_values(const ParamInfo& info, const Config& config, uint64_t seed);
 
-// Philox (kernels/philox.h) keyed by (seed, stream, step): the only random numbers of the program. 2^34 words each.
+// Philox (kernels/philox.h) keyed by (seed, stream, step): the only random numbers of the program.
+// 2^34 words each.
 class Philox {
  public:
   Philox(uint64_t seed, uint32_t stream, uint64_t step);

@@ -252,6 +252,50 @@ TEST_P(Cuda, CopiesFromTheHostArriveWhole) {
   }
 }
 
+// Words as frequent as in a text, some rows without one; runs that end in a chunk, beside and
+// beyond.
+TEST_P(Cuda, GradientOfAnEmbeddingOfWords) {
+  if (GetParam() != DType::f32) return;  // neither dy nor dtable is anything else
+  for (const auto& [t, v, d, words] : {std::tuple{5000, 50'280, 96, 50'280},
+                                       {5000, 50'280, 37, 50'280},
+                                       {3000, 1000, 64, 1},
+                                       {3001, 1000, 33, 3},
+                                       {16, 300, 8, 2},
+                                       {1, 300, 4, 1}}) {
+    std::mt19937 random(t);
+    std::uniform_real_distribution<float> draw(-1, 1), rank(0, 1);
+    std::vector<int32_t> ids(t);
+    for (int32_t& id : ids)
+      id = v - 1 - static_cast<int32_t>(std::pow(static_cast<float>(words), rank(random)) - 1);
+    if (t > 20) ids[7] = -1, ids[8] = v, ids[19] = std::numeric_limits<int32_t>::min();
+    std::vector<float> dy(t * d), before(v * d);
+    for (float& value : dy) value = draw(random);
+    for (float& value : before) value = draw(random);
+    std::vector<double> expected(before.begin(), before.end());
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < d && ids[i] >= 0 && ids[i] < v; ++j)
+        expected[ids[i] * d + j] += dy[i * d + j];
+    const Tensor here(*gpu, DType::i32, {t}), gradient(*gpu, DType::f32, {t, d + 4});
+    const Tensor dtable(*gpu, DType::f32, {v, d + 4});
+    gpu->copy(host_view(ids.data(), DType::i32, {t}), here);
+    gpu->copy(host_view(dy.data(), DType::f32, {t, d}), gradient.view().columns(4, d));
+    std::vector<float> first;
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      gpu->fill(dtable, 5);
+      gpu->copy(host_view(before.data(), DType::f32, {v, d}), dtable.view().columns(4, d));
+      gpu->run(EmbedBackward{
+          .ids = here, .dy = gradient.view().columns(4, d), .dtable = dtable.view().columns(4, d)});
+      for (const float edge : values_of(*gpu, dtable.view().columns(0, 4))) ASSERT_EQ(edge, 5);
+      const std::vector<float> found = values_of(*gpu, dtable.view().columns(4, d));
+      ASSERT_TRUE(repeat == 0 || found == first);
+      first = found;
+    }
+    for (size_t i = 0; i < expected.size(); ++i)
+      ASSERT_NEAR(first[i], expected[i], 1e-5 * (1 + std::abs(expected[i])) + 2e-7 * t)
+          << t << ' ' << d << ' ' << words << ": " << i / d << ' ' << i % d;
+  }
+}
+
 TEST_P(Cuda, HostMemoryIsRefusedNotRead) {
   OpShape shape{.d = 32, .e = 64, .r = 2, .pieces = whole_pieces({10})};
   const OpCases on_cpu(*cpu, shape);
