@@ -2,7 +2,8 @@
 // machine. Each is repeated for a while; the best and the median are printed. An op's limit is the
 // longest of the times that its bytes take at the speed of a copy, its arithmetic at that of a
 // square product, and on a GPU its powers of two at that of the special function units, all
-// measured in the same run.
+// measured in the same run. That of a model is the sum over its operations: what it would take if
+// each ran at its limit and nothing came between.
 #include <algorithm>
 #include <chrono>
 #include <functional>
@@ -10,12 +11,15 @@
 #include <optional>
 
 #include "apps/command.h"
+#include "kernels/cost.h"
 #include "kernels/error.h"
 #include "kernels/op_cases.h"
+#include "model/counting_backend.h"
 #include "model/head.h"
+#include "model/memory_plan.h"
 #include "model/optimizer.h"
+#include "pipelines/fit.h"
 #include "pipelines/run_log.h"
-#include "pipelines/stream.h"
 #include "pipelines/train.h"
 
 namespace coil {
@@ -85,18 +89,13 @@ std::string device_text(const Backend& backend) {
              : fmt::format("cuda:{}", backend.device().index);
 }
 
-struct Limits {
-  double bytes, flops;  // per second
-  double powers;        // of two, per second; 0: limits nothing
-};
-
 // `bytes`: of the copy, like those of the operations, so that both lie in the same cache or in
 // none.
-Limits measure_limits(Backend& backend, int64_t bytes, DType matrices, double seconds) {
+Speed measure_limits(Backend& backend, int64_t bytes, DType matrices, double seconds) {
   const bool cpu = backend.device().kind == Device::Kind::cpu;
   const int64_t side = cpu ? 768 : 8192;
   const DType type = backend.activations(matrices);
-  Limits limits{};
+  Speed limits;
   Tensor from(backend, DType::u8, {bytes}), to(backend, DType::u8, {bytes});
   backend.fill(from, 1);
   limits.bytes = 2. * static_cast<double>(bytes) /
@@ -121,7 +120,7 @@ void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
   const double seconds = options.seconds / 10;
   const int64_t bytes = options.batch * options.length * 2 * options.d * 4;  // of x, (t, e)
   const DType matrices = matrix_dtype(options.common);
-  const Limits limits = measure_limits(backend, bytes, matrices, seconds);
+  const Speed limits = measure_limits(backend, bytes, matrices, seconds);
   const OpShape shape{.d = options.d,
                       .e = 2 * options.d,
                       .r = std::max<int64_t>(1, options.d / 16),
@@ -142,9 +141,8 @@ void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
   for (const OpCase& op : all.cases) {
     if (op.name.find(options.only) == op.name.npos) continue;
     const Timing time = measure(backend, seconds, [&] { op.run(backend); });
-    const double powers = limits.powers > 0 ? op.powers / limits.powers : 0;
-    const double limit =
-        std::max({op.bytes / limits.bytes, op.flops / limits.flops, powers}) / time.best;
+    const Cost cost{.flops = op.flops, .bytes = op.bytes, .powers = op.powers};
+    const double limit = shortest_time(cost, limits) / time.best;
     if (options.json)
       list.push_back({{"operation", op.name},
                       {"best_ms", time.best * 1e3},
@@ -180,6 +178,118 @@ Rows next_pieces(Backend& backend, int64_t count, int64_t length, int64_t positi
   return Rows(backend, std::move(pieces));
 }
 
+// A model of random weights and what is done with it, on the backend that is measured or on one
+// that counts what there is to do.
+class Workload {
+ public:
+  Workload(Backend& backend, const Config& config, const BenchOptions& options)
+      : backend_(backend), config_(config), options_(options), length_(options.length) {
+    Philox random(options.common.seed, 0, 0);
+    const auto draw = [&](std::vector<int32_t>& list, int64_t below) {
+      list.resize(options.batch * length_);
+      for (int32_t& id : list) id = static_cast<int32_t>(random.below(below));
+    };
+    draw(ids_, config.vocab);
+    draw(targets_, config.predicted());
+  }
+
+  void begin_training(DType computed) {
+    trained_ = weights(DType::f32);
+    grad_ = zeros_like(backend_, trained_);
+    if (computed != DType::f32) rounded_ = converted(backend_, trained_, computed);
+    optimizer_.emplace(backend_, trained_, OptimizerOptions{});
+    rows_.emplace(Rows::equal(backend_, options_.batch, length_));
+    numbers_ = Tensor(backend_, DType::f64, {2});  // loss, sum of squares of the gradient
+  }
+  void train() {
+    backend_.fill(numbers_, 0);
+    const int64_t count = rows_->total();
+    add_loss(backend_, rounded_ ? *rounded_ : trained_, view(ids_, count), *rows_,
+             view(targets_, count), {}, numbers_.view().slice(0, 1), &grad_);
+    optimizer_->step(backend_, trained_, grad_, 1e-3, numbers_.view().slice(1, 1),
+                     rounded_ ? &*rounded_ : nullptr);
+  }
+  void end_training() {
+    trained_ = Model();
+    grad_ = Model();
+    rounded_.reset();
+    optimizer_.reset();
+    rows_.reset();
+    numbers_ = Tensor();
+  }
+
+  void begin_inference(DType matrices) {
+    model_ = weights(matrices);
+    state_.emplace(backend_, config_, static_cast<int32_t>(options_.batch));
+  }
+  void prefill(int64_t chunk) {
+    for (int64_t begin = 0; begin < length_; begin += chunk) {
+      const int64_t steps = std::min(chunk, length_ - begin);
+      step(steps, begin, begin + steps == length_);
+    }
+    position_ = length_;
+  }
+  void decode() { step(1, position_++, false); }
+
+ private:
+  static View view(std::vector<int32_t>& from, int64_t count) {
+    return host_view(from.data(), DType::i32, {count});
+  }
+  // Drawing values takes the host a while, and whoever counts needs none.
+  Model weights(DType matrices) {
+    if (!dynamic_cast<CountingBackend*>(&backend_))
+      return converted(backend_, make_model(backend_, config_, options_.common.seed), matrices);
+    Model model;
+    model.config = config_;
+    for (const Param& param : declare(model))
+      allocate(backend_, param, param.info.matrix ? matrices : DType::f32);
+    return model;
+  }
+  // Ids from the host to logits on the device.
+  void step(int64_t steps, int64_t position, bool last) {
+    const Rows rows = next_pieces(backend_, options_.batch, steps, position, last);
+    const Tensor h = hidden(backend_, model_, view(ids_, rows.total()), rows, &*state_);
+    lm_logits(backend_, model_, h);
+  }
+
+  Backend& backend_;
+  const Config& config_;
+  const BenchOptions& options_;
+  int64_t length_, position_ = 0;
+  std::vector<int32_t> ids_, targets_;
+  Model trained_, grad_, model_;
+  std::optional<Model> rounded_;
+  std::optional<Optimizer> optimizer_;
+  std::optional<Rows> rows_;
+  Tensor numbers_;
+  std::optional<State> state_;
+};
+
+struct Figure {
+  const char* name;
+  int64_t passes;       // of one repetition
+  double tokens;        // of one pass, as the two below
+  double flops, limit;  // seconds
+  Timing time;          // of a repetition
+  int64_t peak;         // bytes
+
+  double best_ms() const { return time.best / static_cast<double>(passes) * 1e3; }
+  double median_ms() const { return time.median / static_cast<double>(passes) * 1e3; }
+  double flops_per_second() const { return flops / best_ms() * 1e3; }
+  double of_limit() const { return limit / best_ms() * 1e3; }
+};
+
+std::string table_of(const std::vector<Figure>& figures) {
+  std::string text = fmt::format("{:<16}{:>10}{:>12}{:>9}{:>9}{:>10}\n", "", "ms a pass",
+                                 "tokens/s", "TFLOP/s", "of limit", "peak GiB");
+  for (const Figure& figure : figures)
+    text += fmt::format("{:<16}{:>10.4g}{:>12.0f}{:>9.3g}{:>8.0f}%{:>10.3f}\n", figure.name,
+                        figure.best_ms(), figure.tokens / figure.best_ms() * 1e3,
+                        figure.flops_per_second() / 1e12, 100 * figure.of_limit(),
+                        static_cast<double>(figure.peak) * 0x1p-30);
+  return text;
+}
+
 void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   const int64_t batch = options.batch, length = options.length;
   Config config;
@@ -192,104 +302,99 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     config.audio.rate = 16'000;
     config.vocab = audio_vocabulary(config);
   }
-  Model model = make_model(backend, config, options.common.seed);
-  std::vector<int32_t> ids(batch * length), targets(batch * length);
-  Philox random(options.common.seed, 0, 0);
-  for (int32_t& id : ids) id = static_cast<int32_t>(random.below(config.vocab));
-  for (int32_t& id : targets) id = static_cast<int32_t>(random.below(config.predicted()));
-  const auto ids_view = [&](std::vector<int32_t>& from, int64_t count) {
-    return host_view(from.data(), DType::i32, {count});
-  };
-
-  struct Figure {
-    const char* name;
-    double tokens;  // of one repetition
-    Timing time;
-    int64_t steps = 0;  // of one repetition, where each is a pass over all sequences
-  };
-  std::vector<Figure> figures;
   const DType matrices = matrix_dtype(options.common);
-  if (options.train) {
-    const DType computed = backend.activations(matrices);  // on a CPU training is in f32
-    Model grad = zeros_like(backend, model),
-          trained = make_model(backend, config, options.common.seed);
-    std::optional<Model> rounded;
-    if (computed != DType::f32) rounded = converted(backend, trained, computed);
-    Optimizer optimizer(backend, trained, {});
-    const Rows rows = Rows::equal(backend, batch, length);
-    const Tensor numbers(backend, DType::f64, {2});  // loss, sum of squares of the gradient
-    figures.push_back(
-        {computed == DType::f32 ? "training, f32" : "training, bf16",
-         static_cast<double>(batch * length), measure(backend, options.seconds, [&] {
-           backend.fill(numbers, 0);
-           add_loss(backend, rounded ? *rounded : trained, ids_view(ids, batch * length), rows,
-                    ids_view(targets, batch * length), {}, numbers.view().slice(0, 1), &grad);
-           optimizer.step(backend, trained, grad, 1e-3, numbers.view().slice(1, 1),
-                          rounded ? &*rounded : nullptr);
-         })});
-  }
-  model = converted(backend, model, matrices);
-  State state(backend, config, static_cast<int32_t>(batch));
+  const DType computed = backend.activations(matrices);  // on a CPU training is in f32
   const int64_t rows_at_once =
-      options.chunk > 0 ? options.chunk.value : auto_batch(config, backend.device());
+      options.chunk > 0 ? options.chunk.value : fitting_batch(backend, config, matrices);
   const int64_t chunk = std::clamp<int64_t>(rows_at_once / batch, 1, length);
-  figures.push_back(
-      {"prefill", static_cast<double>(batch * length), measure(backend, options.seconds, [&] {
-         for (int64_t begin = 0; begin < length; begin += chunk) {
-           const int64_t steps = std::min(chunk, length - begin);
-           const Rows rows = next_pieces(backend, batch, steps, begin, begin + steps == length);
-           const Tensor h = hidden(backend, model, ids_view(ids, batch * steps), rows, &state);
-           lm_logits(backend, model, h);
-         }
-       })});
-  // Ids from the host to logits on the device, as many times as hide that the last is waited for.
-  constexpr int64_t kSteps = 64;
-  int64_t position = length;
-  figures.push_back({"decoding", static_cast<double>(batch * kSteps),
-                     measure(backend, options.seconds,
-                             [&] {
-                               for (int64_t i = 0; i < kSteps; ++i) {
-                                 const Rows rows =
-                                     next_pieces(backend, batch, 1, position++, false);
-                                 const Tensor h =
-                                     hidden(backend, model, ids_view(ids, batch), rows, &state);
-                                 lm_logits(backend, model, h);
-                               }
-                             }),
-                     kSteps});
+  const int64_t bytes = std::min<int64_t>(batch * chunk * config.e * size_of(computed), 1 << 30);
+  const Speed limits = measure_limits(backend, bytes, matrices, options.seconds / 10);
+  backend.release_kept();
 
+  CountingBackend counting(backend.device());
+  Workload work(backend, config, options), counted_work(counting, config, options);
+  std::vector<Figure> figures;
+  // Runs f(workload) as often as hides that the last pass is waited for.
+  const auto add = [&](const char* name, int64_t passes, int64_t tokens, const auto& f) {
+    counting.costs.clear();
+    f(counted_work);
+    Figure figure{.name = name, .passes = passes, .tokens = static_cast<double>(tokens)};
+    for (const Cost& cost : counting.costs) {
+      figure.flops += cost.flops;
+      figure.limit += shortest_time(cost, limits);
+    }
+    backend.restart_peak();
+    figure.time = measure(backend, options.seconds, [&] {
+      for (int64_t i = 0; i < passes; ++i) f(work);
+    });
+    figure.peak = backend.memory().peak;
+    figures.push_back(figure);
+  };
+  try {
+    if (options.train) {
+      for (Workload* each : {&work, &counted_work}) each->begin_training(computed);
+      add(computed == DType::f32 ? "training, f32" : "training, bf16", 1, batch * length,
+          [](Workload& each) { each.train(); });
+      for (Workload* each : {&work, &counted_work}) each->end_training();
+    }
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.what(), "--no-training, or a smaller --length or --batch");
+  }
+  try {
+    for (Workload* each : {&work, &counted_work}) each->begin_inference(matrices);
+    add("prefill", 1, batch * length, [&](Workload& each) { each.prefill(chunk); });
+    add("decoding", 64, batch, [](Workload& each) { each.decode(); });
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.what(),
+                      fitting_hint(backend, config, matrices, "--chunk", rows_at_once));
+  }
+
+  const auto request = [&](bool train) {
+    return plan_memory(config, {.length = train ? length : chunk,
+                                .sequences = batch,
+                                .matrices = matrices,
+                                .train = train,
+                                .device = backend.device()})
+        .total();
+  };
   if (options.json) {
     Json result = {{"threads", backend.threads()},
+                   {"device", device_text(backend)},
                    {"precision", options.common.precision},
                    {"parameters", parameters(config)},
                    {"d", config.d},
                    {"layers", config.layers.size()},
                    {"vocab", config.vocab},
                    {"length", length},
-                   {"batch", batch}};
+                   {"batch", batch},
+                   {"chunk", chunk},
+                   {"copy_gb_per_s", limits.bytes / 1e9},
+                   {"product_gflop_per_s", limits.flops / 1e9},
+                   {"powers_per_s", limits.powers}};
     for (const Figure& figure : figures) {
-      result[figure.name] = {{"best_tokens_per_s", figure.tokens / figure.time.best},
-                             {"median_tokens_per_s", figure.tokens / figure.time.median}};
-      if (figure.steps > 0)
-        result[figure.name]["median_us_per_step"] =
-            figure.time.median * 1e6 / static_cast<double>(figure.steps);
+      result[figure.name] = {{"best_ms", figure.best_ms()},
+                             {"median_ms", figure.median_ms()},
+                             {"best_tokens_per_s", figure.tokens / figure.best_ms() * 1e3},
+                             {"median_tokens_per_s", figure.tokens / figure.median_ms() * 1e3},
+                             {"gflop_per_s", figure.flops_per_second() / 1e9},
+                             {"of_limit", figure.of_limit()},
+                             {"peak_bytes", figure.peak}};
+      if (figure.name != std::string("decoding"))
+        result[figure.name]["planned_bytes"] = request(figure.name != std::string("prefill"));
     }
     out.write(result.dump(2) + "\n");
     return;
   }
   out.write(fmt::format(
-      "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {}\n\n"
-      "{:<16}{:>14}{:>16}\n",
+      "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {}\n"
+      "limit: every operation at the speed of a copy ({:.4g} GB/s), of a product ({:.4g} "
+      "TFLOP/s in {}){}\n\n{}",
       parameters(config), config.d, config.layers.size(), config.vocab, batch, length,
-      options.common.precision, device_text(backend), "", "best tokens/s", "median tokens/s"));
-  for (const Figure& figure : figures) {
-    out.write(fmt::format("{:<16}{:>14.0f}{:>16.0f}", figure.name, figure.tokens / figure.time.best,
-                          figure.tokens / figure.time.median));
-    if (figure.steps > 0)
-      out.write(fmt::format("   {:.1f} us a step",
-                            figure.time.median * 1e6 / static_cast<double>(figure.steps)));
-    out.write("\n");
-  }
+      options.common.precision, device_text(backend), limits.bytes / 1e9, limits.flops / 1e12,
+      name_of(computed),
+      limits.powers > 0 ? fmt::format(" or of powers of two ({:.3g} T/s)", limits.powers / 1e12)
+                        : "",
+      table_of(figures)));
 }
 
 }  // namespace

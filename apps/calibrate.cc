@@ -87,8 +87,11 @@ int run_calibrate(int argc, char** argv) {
   }
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
   const std::vector<Calibration> rows =
-      calibrate(*backend, model, opener(config, options.known),
-                options.unknown.empty() ? OpenSource() : opener(config, options.unknown), how);
+      with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {
+        return calibrate(*backend, model, opener(config, options.known),
+                         options.unknown.empty() ? OpenSource() : opener(config, options.unknown),
+                         how);
+      });
   Output out("");
   out.write("length\tthreshold\tknown\tkept\tunknown\tcaught\n");
   target.unknown.clear();

@@ -218,16 +218,17 @@ int run_classify(int argc, char** argv) {
   Summary summary(config);
   {
     Progress progress("classify");
-    classify(
-        *backend, model, *source, how,
-        [&](const Answer& answer) {
-          summary.add(answer);
-          if (tags) tags->answer(name_of(config, answer.label), answer.probability);
-          if (!out) return;
-          out->write(options.json ? json_line(config, answer, options.all)
-                                  : table_line(config, answer, options.all));
-        },
-        [&](const Stream& stream) { progress(stream); });
+    const auto emit = [&](const Answer& answer) {
+      summary.add(answer);
+      if (tags) tags->answer(name_of(config, answer.label), answer.probability);
+      if (!out) return;
+      out->write(options.json ? json_line(config, answer, options.all)
+                              : table_line(config, answer, options.all));
+    };
+    with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {
+      classify(*backend, model, *source, how, emit,
+               [&](const Stream& stream) { progress(stream); });
+    });
   }
   if (tags) tags->close();
   if (out) out->close();

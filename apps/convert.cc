@@ -111,6 +111,9 @@ int run_convert(int argc, char** argv) {
           dna::kN + 1, model.config.vocab);
     model.config.alphabet = options.alphabet;
   }
+  check(options.to != "huggingface" || model.config.model_type != "coil",
+        "'{}': transformers has no network of these mixers: {}", options.in,
+        mixer_names(model.config.layers));
   fs::create_directories(options.out, error);
   check(!error, "cannot make the folder '{}': {}", options.out, error.message());
   save_model(*backend, model, options.out, options.shard_size);

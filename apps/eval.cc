@@ -163,9 +163,12 @@ int run_eval(int argc, char** argv) {
   const Config& config = model.config;
   const Examples all = config.audio.rate > 0 ? recordings(options, config) : dna(options, config);
   if (config.audio.rate > 0) settle_strands(config, values["strands"].defaulted(), options.strands);
+  const EvaluateOptions how{.batch_tokens = options.batch_tokens,
+                            .both_strands = options.strands == "both",
+                            .note = &kPrintNote};
   const Evaluation evaluation =
-      evaluate(*backend, model, all, all.items,
-               {.batch_tokens = options.batch_tokens, .both_strands = options.strands == "both"});
+      with_memory_hint(*backend, model, "--batch-tokens", options.batch_tokens,
+                       [&] { return evaluate(*backend, model, all, all.items, how); });
   Output out(options.out);
   out.write(options.json ? as_json(evaluation, config) : as_table(evaluation, config));
   out.close();

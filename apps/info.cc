@@ -10,6 +10,7 @@
 #include "model/safetensors.h"
 #include "pipelines/run_log.h"
 #include "pipelines/stream.h"
+#include "pipelines/train.h"
 
 namespace coil {
 namespace {
@@ -106,6 +107,11 @@ std::string front_end_text(const Config& config) {
 }
 
 std::string network_text(const Config& config) {
+  if (config.model_type == "coil")
+    return fmt::format("{} · d {} · e {} · n {} · s4d states {} · conv {} · vocabulary {} · {}",
+                       counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
+                       config.e, config.n, config.s4d_states, config.w, config.vocab,
+                       mixer_names(config.layers));
   return fmt::format("{} · d {} · e {} · n {} · conv {} · dt rank {} · vocabulary {}",
                      counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
                      config.e, config.n, config.w, config.dt_rank, config.vocab);
@@ -114,17 +120,21 @@ std::string network_text(const Config& config) {
 MemoryRequest request_of(const InfoOptions& options, const Config& config) {
   const int64_t chunk =
       options.chunk > 0 ? options.chunk.value : auto_batch(config, device_of(options.common));
+  int64_t sequences = options.batch;
+  if (options.train && options.length > 0)  // a larger batch is computed in parts
+    sequences = std::clamp<int64_t>(training_rows(device_of(options.common)) / options.length,
+                                    std::min<int64_t>(1, sequences), sequences);
   return {.length = options.length,
-          .sequences = options.batch,
+          .sequences = sequences,
           .chunk = chunk,
           .matrices = matrix_dtype(options.common),
           .train = options.train,
           .device = device_of(options.common)};
 }
 
-std::string text_of(const Config& config, const SafetensorsReader& reader,
-                    const std::vector<Group>& groups, const MemoryRequest& request,
-                    const MemoryPlan& plan) {
+std::string text_of(const InfoOptions& options, const Config& config,
+                    const SafetensorsReader& reader, const std::vector<Group>& groups,
+                    const MemoryRequest& request, const MemoryPlan& plan) {
   std::string text = fmt::format("model    {} · {}{}\nnetwork  {}\nfiles    {}\n",
                                  config.model_type, objective_text(config), front_end_text(config),
                                  network_text(config), fmt::join(reader.files(), " "));
@@ -156,7 +166,7 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
   row(total.name, "", "", total.tensors, with_commas(total.parameters), bytes_text(total.bytes));
 
   const std::string of =
-      fmt::format("{} × {} {}", with_commas(request.sequences), with_commas(request.length),
+      fmt::format("{} × {} {}", with_commas(options.batch), with_commas(request.length),
                   config.audio.rate == 0                     ? "bases"
                   : config.audio.codes == SampleCodes::pcm16 ? "steps"
                                                              : "samples");
@@ -168,7 +178,11 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
     line("weights", plan.weights, "f32");
     line("gradients", plan.gradients, "f32");
     line("moments", plan.moments, "f32, two of AdamW");
-    line("activations", plan.activations, "grow with batch × length");
+    if (plan.copy > 0) line("copy", plan.copy, "of the weights, matrices bf16");
+    line("activations", plan.activations,
+         request.sequences == options.batch ? "grow with batch × length"
+                                            : fmt::format("grow with length, of {} at a time",
+                                                          counted(request.sequences, "sequence")));
   } else {
     text += fmt::format("\nmemory to read {}, {} at a time\n", of,
                         with_commas(std::min(request.chunk, request.length)));
@@ -178,13 +192,14 @@ std::string text_of(const Config& config, const SafetensorsReader& reader,
                      bytes_text(plan.state / request.sequences)));
     line("activations", plan.activations, "grow with batch × chunk, not with length");
   }
+  if (plan.workspace > 0) line("workspace", plan.workspace, "of matrix products");
   line("total", plan.total(), "besides program, libraries and input buffers");
   return text;
 }
 
-std::string json_of(const Config& config, const SafetensorsReader& reader,
-                    const std::vector<Param>& params, const MemoryRequest& request,
-                    const MemoryPlan& plan) {
+std::string json_of(const InfoOptions& options, const Config& config,
+                    const SafetensorsReader& reader, const std::vector<Param>& params,
+                    const MemoryRequest& request, const MemoryPlan& plan) {
   Json json;
   json["model_type"] = config.model_type;
   json["objective"] = config.objective == Objective::lm ? "lm" : "classify";
@@ -208,6 +223,7 @@ std::string json_of(const Config& config, const SafetensorsReader& reader,
                      {"n", config.n},
                      {"conv", config.w},
                      {"dt_rank", config.dt_rank},
+                     {"mixers", mixer_names(config.layers)},
                      {"vocabulary", config.vocab}};
   json["files"] = reader.files();
   json["parameters"] = parameters(config);
@@ -221,13 +237,16 @@ std::string json_of(const Config& config, const SafetensorsReader& reader,
   json["memory"] = {
       {"train", request.train},
       {"length", request.length},
-      {"batch", request.sequences},
+      {"batch", options.batch.value},
+      {"at_once", request.sequences},
       {"chunk", request.train ? request.length : std::min(request.chunk, request.length)},
       {"weights", plan.weights},
       {"state", plan.state},
       {"activations", plan.activations},
       {"gradients", plan.gradients},
       {"moments", plan.moments},
+      {"copy", plan.copy},
+      {"workspace", plan.workspace},
       {"total", plan.total()}};
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
@@ -253,9 +272,9 @@ int run_info(int argc, char** argv) {
   const MemoryRequest request = request_of(options, model.config);
   const MemoryPlan plan = plan_memory(model.config, request);
   Output out("");
-  out.write(options.json
-                ? json_of(model.config, reader, params, request, plan)
-                : text_of(model.config, reader, group_tensors(params, reader), request, plan));
+  out.write(options.json ? json_of(options, model.config, reader, params, request, plan)
+                         : text_of(options, model.config, reader, group_tensors(params, reader),
+                                   request, plan));
   out.close();
   return 0;
 }

@@ -208,7 +208,7 @@ po::options_description describe(EngineOptions& options) {
        "both (averaged, twice the work) | forward | reverse")  //
       ("batch", option(options.batch, "SIZE"),
        "bases or samples computed at a time: auto keeps a layer's activations in the cache, or "
-       "fills a GPU")  //
+       "fills a GPU as far as its memory goes")  //
       ("chunk", option(options.chunk, "SIZE"),
        "most of one sequence among them: auto is the batch");
   return description;
@@ -217,8 +217,13 @@ po::options_description describe(EngineOptions& options) {
 StreamOptions EngineOptions::resolve() const {
   return {.strands = parse_strands(strands),
           .batch = size_or_auto("batch", batch),
-          .chunk = size_or_auto("chunk", chunk)};
+          .chunk = size_or_auto("chunk", chunk),
+          .note = &kPrintNote};
 }
+
+const Note kPrintNote = [](const std::string& text) {
+  fmt::print(stderr, "{}note: {}\n", isatty(STDERR_FILENO) == 1 ? "\r\033[K" : "", text);
+};
 
 Progress::Progress(std::string command)
     : command_(std::move(command)), terminal_(isatty(STDERR_FILENO) == 1) {}

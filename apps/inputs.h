@@ -9,7 +9,9 @@
 
 #include "audio/dataset.h"
 #include "genomics/alignment.h"
+#include "kernels/error.h"
 #include "model/config.h"
+#include "pipelines/fit.h"
 #include "pipelines/stream.h"
 
 namespace coil {
@@ -56,6 +58,22 @@ struct EngineOptions {
   StreamOptions resolve() const;
 };
 boost::program_options::options_description describe(EngineOptions& options);
+
+extern const Note kPrintNote;  // a line on stderr, in place of the one of Progress
+
+// Runs f; where it runs out of memory, the error names the value of `option` that would fit instead
+// of `asked` rows (0: what auto stands for).
+template <class F>
+auto with_memory_hint(const Backend& backend, const Model& model, const std::string& option,
+                      int64_t asked, F f) {
+  try {
+    return f();
+  } catch (const OutOfMemory& error) {
+    if (asked <= 0) asked = auto_batch(model.config, backend.device());
+    throw OutOfMemory(error.what(), fitting_hint(backend, model.config,
+                                                 model.embedding.view().dtype, option, asked));
+  }
+}
 
 // Steps done, rate and, where the end is known, the time left: on stderr when it is a terminal.
 class Progress {

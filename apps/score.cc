@@ -113,16 +113,17 @@ int run_score(int argc, char** argv) {
   double counted = 0, log_likelihood = 0;
   {
     Progress progress("score");
-    score(
-        *backend, model, *source, how,
-        [&](const Score& score) {
-          records += 1;
-          counted += score.counted;
-          log_likelihood += score.log_likelihood;
-          if (!track) out.write(options.json ? json_line(score, unit) : table_line(score));
-        },
-        [&](const std::string& text) { out.write(text); },
-        [&](const Stream& stream) { progress(stream); });
+    const auto emit = [&](const Score& score) {
+      records += 1;
+      counted += score.counted;
+      log_likelihood += score.log_likelihood;
+      if (!track) out.write(options.json ? json_line(score, unit) : table_line(score));
+    };
+    with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {
+      score(
+          *backend, model, *source, how, emit, [&](const std::string& text) { out.write(text); },
+          [&](const Stream& stream) { progress(stream); });
+    });
   }
   out.close();
   const Score total{.counted = counted, .log_likelihood = log_likelihood};

@@ -123,6 +123,10 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("d-model", size(o.d), "width")                                                   //
       ("layers", size(o.layers, "COUNT"), "layers")                                     //
       ("state", size(o.n), "SSM state per channel")                                     //
+      ("mixers", option(o.mixers, "LIST"),
+       "mamba1 | s4d, or a list such as s4d,mamba1: of the layers, repeated")                   //
+      ("s4d-states", size(o.s4d_states, "COUNT"), "complex states per channel")                 //
+      ("s4d-init", option(o.s4d_init, "NAME"), "lin | inv | legs: S4D-Lin, S4D-Inv, S4D-LegS")  //
       ("pooling", choice(o.pooling, {{"mean", Pooling::mean}, {"last", Pooling::last}}, "pooling"),
        "mean | last: what the classifier sees of a sequence");
   data.add_options()  //
@@ -293,6 +297,9 @@ int run_train(int argc, char** argv) {
       options.codes = codes;
       if (given.values["trim"].defaulted()) options.trim = config.audio.trim;
     }
+    same("s4d-states", options.s4d_states, config.s4d_states);
+    for (const char* name : {"mixers", "s4d-init"})
+      check(given.values[name].defaulted(), "--{}: the network is that of --from", name);
   }
 
   Signals signals;  // before the backend, whose threads inherit what is blocked

@@ -33,6 +33,12 @@ class UsageError : public Error {
   using Error::Error;
 };
 
+// A device without room for what was asked: less at a time may fit.
+class OutOfMemory : public Error {
+ public:
+  using Error::Error;
+};
+
 template <class... Parts>
 [[noreturn]] void fail(fmt::format_string<Parts...> format, Parts&&... parts) {
   throw Error(fmt::format(format, std::forward<Parts>(parts)...));

@@ -33,6 +33,14 @@ inline void expect_if(const char* op, const char* operand, const View& view, DTy
   if (view) expect(op, operand, view, dtype, shape);
 }
 
+// For complex numbers, whose last dimensions (n,2) lie together.
+inline void expect_pairs(const char* op, const char* operand, const View& view,
+                         std::initializer_list<int64_t> shape) {
+  expect(op, operand, view, DType::f32, shape);
+  check(view.stride[view.rank - 2] == 2, "{}: {} has a stride of {} between pairs, expected 2", op,
+        operand, view.stride[view.rank - 2]);
+}
+
 // For the operand that the other shapes are taken from.
 inline void expect_rank(const char* op, const char* operand, const View& view, int rank) {
   check(view.data != nullptr, "{}: {} is missing", op, operand);

@@ -99,6 +99,7 @@ class OpCases {
   void add_products();
   void add_decode();
   void add_sequence();
+  void add_s4d();
 
   Backend& backend_;
   OpShape shape_;
@@ -120,7 +121,8 @@ inline OpCases::OpCases(Backend& backend, const OpShape& shape, const std::strin
       if (family.find(only) != family.npos || only.find(family) != only.npos) return true;
     return false;
   };
-  const bool products = wanted({"gemm"}), sequence = wanted({"conv1d", "selective_scan"});
+  const bool products = wanted({"gemm"}),
+             sequence = wanted({"conv1d", "selective_scan", "s4d_scan"});
   if (products) {
     add_products();
     add_decode();
@@ -236,6 +238,23 @@ inline void OpCases::add_dense() {
     on.run(CrossEntropy{
         .logits = logits, .targets = targets, .loss = loss, .dlogits = dlogits, .total = total});
   });
+  const View drawn = add(DType::i32, {t}), log_probs = values({t});
+  for (const float top_p : {1.f, 0.9f})
+    add(top_p < 1 ? "sample top_k top_p" : "sample", 0, {logits}, {drawn, log_probs},
+        [=, top_k = top_p < 1 ? v / 2 : 0](Backend& on) {
+          on.run(Sample{.logits = logits,
+                        .ids = drawn,
+                        .log_probs = log_probs,
+                        .temperature = 0.9f,
+                        .top_k = top_k,
+                        .top_p = top_p,
+                        .seed = 5});
+        });
+  const View ab = activations({t, 2 * d}), gated = activations({t, d}),
+             dab = activations({t, 2 * d});
+  add("glu", 2. * t * d, {ab}, {gated}, [=](Backend& on) { on.run(Glu{.x = ab, .y = gated}); });
+  add("glu backward", 5. * t * d, {ab, x}, {dab},
+      [=](Backend& on) { on.run(GluBackward{.x = ab, .dy = x, .dx = dab}); });
   add_optimizer();
 }
 
@@ -368,6 +387,66 @@ inline void OpCases::add_sequence() {
       with({du, ddt, dB, dC, backward.dz, dA_log, dD, ddt_bias}, dh),
       [=](Backend& on) { on.run(backward); });
   cases.back().powers = powers;
+  add_s4d();
+}
+
+inline void OpCases::add_s4d() {
+  const int64_t d = shape_.d, n = shape_.n, t = t_, slots = rows_.slots();
+  const Rows* rows = &rows_;
+  const View x = activations({t, d}), y = activations({t, d}), before = activations({t, d});
+  const View dy = activations({t, d}), dx = activations({t, d});
+  const View log_A_real = values({d, n}, 0.2f, -0.7f), C = values({d, n, 2}), D = values({d});
+  const View log_dt = values({d}, 0.8f, -4.6f), A_imag = add(DType::f32, {d, n});
+  std::vector<float> turns(d * n);  // S4D-Lin
+  for (int64_t i = 0; i < d * n; ++i) turns[i] = 3.14159265f * static_cast<float>(i % n);
+  backend_.copy(host_view(turns.data(), DType::f32, {d, n}), A_imag);
+  backend_.sync();
+  View h, dh;
+  if (slots > 0) h = values({slots, d, n, 2}), dh = values({slots, d, n, 2});
+  const View checkpoints = add(DType::f32, {s4d_checkpoints(rows_), d, n, 2});
+  const S4dScan scan{.x = x,
+                     .log_A_real = log_A_real,
+                     .A_imag = A_imag,
+                     .C = C,
+                     .log_dt = log_dt,
+                     .D = D,
+                     .y = y,
+                     .state = h,
+                     .rows = rows,
+                     .gelu = true};
+  S4dScan keeping = scan;
+  keeping.checkpoints = checkpoints;
+  keeping.before_gelu = before;
+  std::vector<View> inputs = {x, log_A_real, A_imag, C, log_dt, D};
+  std::vector<View> outputs = {y}, kept = {y, checkpoints, before};
+  if (slots > 0) outputs.push_back(h), kept.push_back(h);
+  const double steps = static_cast<double>(t) * static_cast<double>(d * n);
+  add("s4d_scan", 9 * steps, inputs, outputs, [=](Backend& on) { on.run(scan); });
+  add("s4d_scan for training", 9 * steps, inputs, kept, [=](Backend& on) { on.run(keeping); });
+  backend_.run(keeping);  // backward reads what it kept
+  const S4dScanBackward backward{.x = x,
+                                 .log_A_real = log_A_real,
+                                 .A_imag = A_imag,
+                                 .C = C,
+                                 .log_dt = log_dt,
+                                 .D = D,
+                                 .dy = dy,
+                                 .checkpoints = checkpoints,
+                                 .before_gelu = before,
+                                 .dx = dx,
+                                 .dlog_A_real = values({d, n}),
+                                 .dA_imag = values({d, n}),
+                                 .dC = values({d, n, 2}),
+                                 .dlog_dt = values({d}),
+                                 .dD = values({d}),
+                                 .dstate = dh,
+                                 .rows = rows,
+                                 .gelu = true};
+  for (const View& view : {dy, checkpoints, before}) inputs.push_back(view);
+  outputs = {dx,          backward.dlog_A_real, backward.dA_imag,
+             backward.dC, backward.dlog_dt,     backward.dD};
+  if (slots > 0) outputs.push_back(dh);
+  add("s4d_scan backward", 23 * steps, inputs, outputs, [=](Backend& on) { on.run(backward); });
 }
 
 }  // namespace coil

@@ -18,14 +18,15 @@
 //   f32 or bf16. CUDA: matrices and activations alike are f32 or bf16, one type throughout an op;
 //   where a comment says f32 for such an operand, read activation type. Always f32: the residual
 //   stream (embed y, norm residual and residual_out and its gradients), state, checkpoints, A_log,
-//   D, dt_bias, conv weights, norm weights, biases, rstd, loss, pooled rows and parameter
-//   gradients. Backend::activations says which type activations have.
+//   D, dt_bias, S4D's parameters, conv weights, norm weights, biases, rstd, loss, pooled rows and
+//   parameter gradients. Backend::activations says which type activations have.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <span>
 
+#include "kernels/blocks.h"
 #include "kernels/tensor.h"
 
 namespace coil {
@@ -138,6 +139,50 @@ struct SelectiveScanBackward {
   bool reverse = false;
 };
 
+// S4D (Gu, Gupta, Goel and Ré 2022): n complex states a channel, each one of a conjugate pair, in a
+// system that is the same at every step. Per channel c of d, with delta = exp(log_dt),
+//   A = -exp(log_A_real) + i A_imag,   a = exp(delta A),   h[i] = a[i] h[i] + x,
+//   y = sum_i Re(2 C[i] B'[i] h[i]) + D x,  B' = (a - 1) / A,   then GELU (of erf) if asked.
+// Zero-order hold; B is taken into C, and B' to the side of the output, as in S4's own code.
+// checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = kS4dBlock, in order of
+// pieces; (s4d_checkpoints(rows), d, n, 2) f32, layout private to the backend.
+constexpr int64_t kS4dBlock = 64;
+int64_t s4d_checkpoints(const Rows& rows);  // sum of ceil(length / k)
+
+struct S4dScan {
+  View x;                   // (t,d)
+  View log_A_real, A_imag;  // (d,n)
+  View C;                   // (d,n,2): real and imaginary part, as the state
+  View log_dt, D;           // (d)
+  View y;                   // (t,d); may be x
+  View state;               // (s,d,n,2); optional where every piece has from = to = -1
+  View checkpoints;         // optional
+  View before_gelu;         // optional (t,d), for backward: y before GELU; only with gelu
+  const Rows* rows = nullptr;
+  bool gelu = false;
+  bool reverse = false;  // each piece is read from its end; then pieces are whole sequences
+};
+struct S4dScanBackward {
+  View x, log_A_real, A_imag, C, log_dt, D, dy;  // dy (t,d)
+  View checkpoints;                              // required: from forward
+  View before_gelu;                              // from forward; required with gelu
+  View dx;                                       // (t,d); may be dy
+  View dlog_A_real, dA_imag;                     // (d,n) +=
+  View dC;                                       // (d,n,2) +=
+  View dlog_dt, dD;                              // (d) +=
+  View dstate;                                   // optional (s,d,n,2): as in Conv1dBackward
+  const Rows* rows = nullptr;
+  bool gelu = false, reverse = false;
+};
+
+// Gated linear unit (Dauphin et al. 2017): y = a * sigmoid(b) of a row a|b.
+struct Glu {
+  View x, y;  // (t,2d) (t,d)
+};
+struct GluBackward {
+  View x, dy, dx;  // (t,2d) (t,d) (t,2d); dx may be x
+};
+
 // A whole stack of Mamba blocks over a batch in which every piece is one step long: what
 // model/backbone.cc and model/mamba1.cc do with the ops above, in one op, for decoding. Per layer
 //   u = norm(x);  x|z = in_proj(u);  x = silu(conv1d(x));  dt|B|C = x_proj(x);
@@ -192,6 +237,30 @@ struct CrossEntropy {
   float scale = 1;
 };
 
+// ids[i] = an id drawn from softmax(logits[i] / temperature) over the ids that top_k and top_p
+// leave.
+//   temperature  0: the largest logit, the lowest of equals; nothing is drawn.
+//   top_k        the k largest logits remain, of equal ones the lower ids. 0 or from v on: all.
+//   top_p        of those, by their probabilities at this temperature: all whose logit is not below
+//                the largest threshold at which they sum to top_p; equal logits go or stay
+//                together. 1: all.
+// The draw is the first 64 bits of Philox keyed by (seed, streams[i], step): what a sequence gets
+// does not depend on what shares its batch. Probabilities are multiples of 2^-46 of the largest,
+// the same on every device (kernels/sample.h): the same logits give the same ids everywhere. -inf
+// rules an id out. A row with NaN, or without a finite largest logit, gives id -1 and log_prob NaN.
+// log_probs[i] = log softmax(logits[i])[ids[i]] in nats, of the logits as they came: temperature 1,
+// nothing left out.
+struct Sample {
+  View logits;     // (m,v) f32, v up to 65,536
+  View ids;        // (m) i32: may be the ids that the next embed reads
+  View streams;    // optional (m) i32: of each row's sequence; left out: row i has stream i
+  View log_probs;  // optional (m) f32
+  float temperature = 1;
+  int64_t top_k = 0;
+  float top_p = 1;
+  uint64_t seed = 0, step = 0;
+};
+
 // out(1) f64 += sum of x^2 over all x; each f32, any contiguous shape. Summed in f64 in a fixed
 // order.
 struct SumSquares {
@@ -227,9 +296,13 @@ class Backend {
   // The type of activations beside matrices of this type.
   virtual DType activations(DType /* matrices */) const { return DType::f32; }
 
-  // Memory. free() of a block keeps it for the next alloc of its size class.
+  // Memory. free() of a block keeps it for the next alloc of its size class; alloc throws
+  // OutOfMemory.
   virtual void* alloc(int64_t bytes) = 0;
   virtual void free(void* data) = 0;
+  virtual Memory memory() const { return {}; }
+  virtual void restart_peak() {}
+  virtual void release_kept() {}              // freed blocks go back to the device
   virtual void copy(View from, View to) = 0;  // same shape; casts, strides, and crosses devices
   virtual void fill(View x, double value) = 0;
   virtual void sync() = 0;
@@ -253,20 +326,25 @@ class Backend {
   virtual void run(const Conv1dBackward&) = 0;
   virtual void run(const SelectiveScan&) = 0;
   virtual void run(const SelectiveScanBackward&) = 0;
+  virtual void run(const S4dScan&) = 0;
+  virtual void run(const S4dScanBackward&) = 0;
+  virtual void run(const Glu&) = 0;
+  virtual void run(const GluBackward&) = 0;
   // False, and nothing done, where the backend has no such op or not for these shapes: the caller
   // then takes the ops it stands for.
   virtual bool try_run(const MambaStep&) { return false; }
   virtual void run(const Pool&) = 0;
   virtual void run(const PoolBackward&) = 0;
   virtual void run(const CrossEntropy&) = 0;
+  virtual void run(const Sample&) = 0;
   virtual void run(const SumSquares&) = 0;
   virtual void run(const AdamW&) = 0;
 };
 
-// threads 0: as many as the machine has.
-std::unique_ptr<Backend> make_cpu_backend(int threads = 0);
+// threads 0: as many as the machine has. limit: of the memory that is allocated, in bytes.
+std::unique_ptr<Backend> make_cpu_backend(int threads = 0, int64_t limit = kNoLimit);
 // Throws where the program was built without CUDA, or the machine has no such GPU or no driver.
-std::unique_ptr<Backend> make_cuda_backend(int index = 0);
+std::unique_ptr<Backend> make_cuda_backend(int index = 0, int64_t limit = kNoLimit);
 int cuda_devices();  // 0 without GPU, driver or CUDA in the build; never throws
 
 }  // namespace coil

@@ -156,7 +156,9 @@ View on_host(Backend& backend, const View& view, std::vector<std::byte>& kept) {
 
 void* Backend::alloc_host(int64_t bytes) {
   void* const data = std::malloc(std::max<int64_t>(bytes, 1));
-  check(data != nullptr, "out of memory: {} bytes asked for", bytes);
+  if (!data)
+    throw OutOfMemory(
+        fmt::format("out of memory: {} of host memory asked for", binary_size(bytes)));
   return data;
 }
 
@@ -246,6 +248,12 @@ Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
   std::vector<Piece> pieces(count);
   for (int64_t i = 0; i < count; ++i) pieces[i] = {.begin = i * length, .length = length};
   return Rows(backend, std::move(pieces));
+}
+
+int64_t s4d_checkpoints(const Rows& rows) {
+  int64_t count = 0;
+  for (const Piece& piece : rows.pieces()) count += (piece.length + kS4dBlock - 1) / kS4dBlock;
+  return count;
 }
 
 int64_t scan_checkpoints(const Backend& backend, const Rows& rows) {

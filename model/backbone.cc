@@ -10,21 +10,62 @@
 
 namespace coil {
 
+namespace {
+
+// What belongs to the weights of a mixer.
+template <class Weights>
+struct Of;
+template <>
+struct Of<Mamba1Weights> {
+  using State = Mamba1State;
+  using Saved = Mamba1Saved;
+};
+template <>
+struct Of<S4dWeights> {
+  using State = S4dState;
+  using Saved = S4dSaved;
+};
+
+template <class Weights>
+auto* state_of(State* state, size_t layer, const Weights&) {
+  using Own = typename Of<Weights>::State;
+  return state ? &std::get<Own>(state->layers[layer]) : nullptr;
+}
+template <class Weights>
+const auto* state_of(const State* state, size_t layer, const Weights& weights) {
+  return state_of(const_cast<State*>(state), layer, weights);
+}
+
+DType matrices(const Mamba1Weights& weights) { return weights.in_proj.view().dtype; }
+DType matrices(const S4dWeights& weights) { return weights.output_linear.view().dtype; }
+
+}  // namespace
+
 State::State(Backend& backend, const Config& config, int32_t slots) : slots(slots) {
   auto zeros = [&](DType dtype, std::initializer_list<int64_t> shape) {
     Tensor tensor(backend, dtype, shape);
     backend.fill(tensor, 0);
     return tensor;
   };
-  for (size_t i = 0; i < config.layers.size(); ++i)
-    layers.emplace_back(Mamba1State{.conv = zeros(DType::f32, {slots, config.w - 1, config.e}),
-                                    .ssm = zeros(DType::f32, {slots, config.e, config.n})});
+  for (const LayerConfig& layer : config.layers) switch (layer.mixer) {
+      case MixerKind::mamba1:
+        layers.emplace_back(Mamba1State{.conv = zeros(DType::f32, {slots, config.w - 1, config.e}),
+                                        .ssm = zeros(DType::f32, {slots, config.e, config.n})});
+        break;
+      case MixerKind::s4d:
+        layers.emplace_back(
+            S4dState{.ssm = zeros(DType::f32, {slots, config.d, config.s4d_states, 2})});
+        break;
+    }
   pool = zeros(DType::f64, {slots, config.d + 1});
 }
 
 std::vector<Param> declare(const Config& config, Backbone& backbone, const std::string& prefix) {
-  if (backbone.layers.size() != config.layers.size())
+  if (backbone.layers.size() != config.layers.size()) {
     backbone.layers = std::vector<Layer>(config.layers.size());
+    for (size_t i = 0; i < config.layers.size(); ++i)
+      if (config.layers[i].mixer == MixerKind::s4d) backbone.layers[i].mixer = S4dWeights{};
+  }
   auto norm = [&](Tensor& tensor, std::string name) {
     return Param{.info = {.name = std::move(name), .shape = {config.d}, .init = Init::ones},
                  .tensor = &tensor};
@@ -45,16 +86,18 @@ std::vector<Param> declare(const Config& config, Backbone& backbone, const std::
 // Of what the mixers read and write.
 DType activations(Backend& backend, const Backbone& backbone) {
   if (backbone.layers.empty()) return DType::f32;
-  return std::visit(
-      [&](const auto& weights) { return backend.activations(weights.in_proj.view().dtype); },
-      backbone.layers[0].mixer);
+  return std::visit([&](const auto& weights) { return backend.activations(matrices(weights)); },
+                    backbone.layers[0].mixer);
 }
 
 bool try_step(Backend& backend, const Config& config, const Backbone& backbone, View x,
               const Rows& rows, const State* state, View y) {
   const bool one_step =
       std::ranges::all_of(rows.pieces(), [](const Piece& piece) { return piece.length == 1; });
-  if (!one_step || config.mixer_norms || backbone.layers.empty()) return false;
+  const bool mamba = std::ranges::all_of(backbone.layers, [](const Layer& layer) {
+    return std::holds_alternative<Mamba1Weights>(layer.mixer);
+  });
+  if (!one_step || !mamba || config.mixer_norms || backbone.layers.empty()) return false;
   std::vector<MambaStep::Layer> operands;
   operands.reserve(backbone.layers.size());
   for (size_t i = 0; i < backbone.layers.size(); ++i)
@@ -118,12 +161,12 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
     Saved::Block* block = saved ? &saved->blocks[i] : nullptr;
     add_and_norm(layers[i].norm, block ? &block->residual : nullptr,
                  block ? &block->rstd : nullptr);
-    if (block) block->mixer = Mamba1Saved{};
     h = std::visit(
-        [&](const auto& weights) {
+        [&]<class Weights>(const Weights& weights) {
+          using Kept = typename Of<Weights>::Saved;
           return coil::forward(backend, config, weights, std::move(h), rows,
-                               state ? &std::get<Mamba1State>(state->layers[i]) : nullptr,
-                               block ? &std::get<Mamba1Saved>(block->mixer) : nullptr);
+                               state_of(state, i, weights),
+                               block ? &block->mixer.emplace<Kept>() : nullptr);
         },
         layers[i].mixer);
   }
@@ -149,13 +192,11 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
   for (size_t i = layers.size(); i-- > 0;) {
     const Saved::Block& block = saved.blocks[i];
     Tensor dnormed = std::visit(
-        [&](const auto& weights) {
+        [&]<class Weights>(const Weights& weights) {
           return coil::backward(
-              backend, config, weights, std::get<Mamba1Saved>(block.mixer), rows,
-              rounded ? rounded : dresidual,
-              saved.initial ? &std::get<Mamba1State>(saved.initial->layers[i]) : nullptr,
-              dstate ? &std::get<Mamba1State>(dstate->layers[i]) : nullptr,
-              std::get<Mamba1Weights>(grad.layers[i].mixer));
+              backend, config, weights, std::get<typename Of<Weights>::Saved>(block.mixer), rows,
+              rounded ? rounded : dresidual, state_of(saved.initial, i, weights),
+              state_of(dstate, i, weights), std::get<Weights>(grad.layers[i].mixer));
         },
         layers[i].mixer);
     backend.run(NormBackward{.x = block.residual,

@@ -5,12 +5,13 @@
 #include <variant>
 
 #include "model/mamba1.h"
+#include "model/s4d.h"
 
 namespace coil {
 
-using MixerWeights = std::variant<Mamba1Weights>;
-using MixerState = std::variant<Mamba1State>;
-using MixerSaved = std::variant<Mamba1Saved>;
+using MixerWeights = std::variant<Mamba1Weights, S4dWeights>;
+using MixerState = std::variant<Mamba1State, S4dState>;
+using MixerSaved = std::variant<Mamba1Saved, S4dSaved>;
 
 struct Layer {
   Tensor norm;  // (d)

@@ -11,6 +11,7 @@
 #include <set>
 #include <sstream>
 #include <string_view>
+#include <utility>
 
 #include "kernels/error.h"
 #include "model/atomic_file.h"
@@ -19,6 +20,9 @@ namespace coil {
 namespace {
 
 using Json = nlohmann::json;
+constexpr std::pair<const char*, MixerKind> kMixers[] = {{"mamba1", MixerKind::mamba1},
+                                                         {"s4d", MixerKind::s4d}};
+constexpr const char* kS4dInits[] = {"lin", "inv", "legs"};  // by S4dInit
 using OrderedJson = nlohmann::ordered_json;
 
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - 1;  // of one dimension
@@ -126,7 +130,8 @@ void parse_sizes(const Reader& json, Config& config) {
 void check_product(const Config& config, const std::string& where) {
   const __int128 d = config.d, e = config.e, n = config.n, r = config.dt_rank, v = config.vocab,
                  w = config.w;
-  const __int128 layer = 3 * e * d + e * (w + r + n + 3) + (r + 2 * n) * e + 2 * e + 2 * d;
+  const __int128 s4d = 2 * d * d + d * (4 * static_cast<__int128>(config.s4d_states) + 5);
+  const __int128 layer = 3 * e * d + e * (w + r + n + 3) + (r + 2 * n) * e + 2 * e + 2 * d + s4d;
   const __int128 total = layer * static_cast<__int128>(config.layers.size()) + 2 * v * d + d;
   check(total <= kMaxParameters,
         "{}: vocab_size {}, hidden_size {}, intermediate_size {}, state_size {}, time_step_rank "
@@ -155,12 +160,35 @@ void check_audio_vocabulary(const Config& config, const std::string& where) {
         where, needed, config.vocab);
 }
 
+void parse_layers(const Json& list, const Reader& json, Config& config) {
+  if (!list.is_array() || list.size() != config.layers.size())
+    json.refuse("mixers", fmt::format("a list of {} names", config.layers.size()), list);
+  for (size_t i = 0; i < list.size(); ++i) {
+    const std::string name = list[i].is_string() ? list[i].get<std::string>() : std::string();
+    const auto found =
+        std::ranges::find_if(kMixers, [&](const auto& m) { return name == m.first; });
+    if (found == std::end(kMixers)) json.refuse("mixers", "\"mamba1\" or \"s4d\"", list[i]);
+    config.layers[i].mixer = found->second;
+  }
+}
+
+void parse_s4d(const Json& value, const std::string& where, Config& config) {
+  check(value.is_object(), "{}: coil.s4d: expected an object, found {}", where, describe(value));
+  for (const auto& item : value.items())
+    check(item.key() == "states" || item.key() == "init",
+          "{}: coil.s4d.{}: expected states or init; the model needs a newer Coil", where,
+          describe(Json(item.key())));
+  const Reader json(value, where, "coil.s4d.");
+  config.s4d_states = json.size_or("states", 32);
+  config.s4d_init = parse_s4d_init(json.one_of_or("init", "lin", {"lin", "inv", "legs"}));
+}
+
 void parse_coil(const Json& value, const std::string& where, Config& config) {
-  constexpr std::string_view known[] = {"objective", "pooling",   "alphabet",
-                                        "audio",     "condition", "unknown"};
+  constexpr std::string_view known[] = {"objective", "pooling", "alphabet", "audio",
+                                        "condition", "unknown", "mixers",   "s4d"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
-    check(std::find(std::begin(known), std::end(known), item.key()) != std::end(known),
+    check(std::ranges::count(known, item.key()) > 0,
           "{}: coil.{}: expected one of {}; the model needs a newer Coil", where,
           describe(Json(item.key())), fmt::join(known, ", "));
   const Reader json(value, where, "coil.");
@@ -175,6 +203,11 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   if (config.condition && (config.objective != Objective::lm || config.audio.rate == 0))
     json.refuse("condition", "false: only a language model of audio has labels before it",
                 *json.find("condition"));
+  const Json* mixers = json.find("mixers");
+  const bool own = config.model_type == "coil";
+  if (mixers && !own) json.refuse("mixers", "none with model_type " + config.model_type, *mixers);
+  if (own) parse_layers(json.need("mixers"), json, config);
+  if (const Json* s4d = json.find("s4d")) parse_s4d(*s4d, where, config);
   const Json* unknown = json.find("unknown");
   if (!unknown) return;
   if (!unknown->is_array())
@@ -222,6 +255,41 @@ std::vector<std::string> parse_labels(const std::string& text, const std::string
 
 }  // namespace
 
+const char* name_of(MixerKind kind) {
+  return std::ranges::find(kMixers, kind, &std::pair<const char*, MixerKind>::second)->first;
+}
+
+std::vector<LayerConfig> parse_mixers(const std::string& names, int64_t layers) {
+  std::vector<LayerConfig> pattern;
+  std::istringstream list(names);
+  for (std::string name; std::getline(list, name, ',');) {
+    const auto found =
+        std::ranges::find_if(kMixers, [&](const auto& m) { return name == m.first; });
+    check(found != std::end(kMixers), "mixers '{}': expected mamba1 or s4d, found '{}'", names,
+          name);
+    pattern.push_back({found->second});
+  }
+  check(!pattern.empty(), "mixers: expected names, found none");
+  std::vector<LayerConfig> all;
+  for (int64_t i = 0; i < layers; ++i) all.push_back(pattern[i % pattern.size()]);
+  return all;
+}
+
+std::string mixer_names(const std::vector<LayerConfig>& layers) {
+  std::string names;
+  for (const LayerConfig& layer : layers)
+    names += fmt::format("{}{}", names.empty() ? "" : ",", name_of(layer.mixer));
+  return names;
+}
+
+const char* name_of(S4dInit init) { return kS4dInits[static_cast<int>(init)]; }
+
+S4dInit parse_s4d_init(const std::string& name) {
+  const auto found = std::ranges::find(kS4dInits, name);
+  check(found != std::end(kS4dInits), "s4d init '{}': expected lin, inv or legs", name);
+  return static_cast<S4dInit>(found - kS4dInits);
+}
+
 Config parse_config(const std::string& text, const std::string& where) {
   Json root;
   try {
@@ -235,7 +303,7 @@ Config parse_config(const std::string& text, const std::string& where) {
   const Reader json(root, where);
 
   Config config;
-  config.model_type = json.one_of("model_type", {"mamba", "falcon_mamba"});
+  config.model_type = json.one_of("model_type", {"mamba", "falcon_mamba", "coil"});
   config.mixer_norms = config.model_type == "falcon_mamba";
   parse_sizes(json, config);
   check_product(config, where);
@@ -257,7 +325,10 @@ Config parse_config(const std::string& text, const std::string& where) {
   if (const Json* quantized = json.find("quantization_config"))
     json.refuse("quantization_config", "none: quantized weights are not supported", *quantized);
 
-  if (const Json* coil = json.find("coil")) parse_coil(*coil, where, config);
+  if (const Json* coil = json.find("coil"))
+    parse_coil(*coil, where, config);
+  else
+    check(config.model_type != "coil", "{}: coil is missing", where);
   check_audio_vocabulary(config, where);
   return config;
 }
@@ -268,8 +339,10 @@ std::string to_json(const Config& config) {
   // Floats through their shortest decimal form: 1e-05, not 9.999999747378752e-06.
   auto number = [](float value) { return std::stod(fmt::format("{}", value)); };
   OrderedJson json;
-  json["architectures"] = {std::string(falcon ? "FalconMamba" : "Mamba") +
-                           (lm ? "ForCausalLM" : "Model")};
+  const bool own = config.model_type == "coil";
+  if (!own)
+    json["architectures"] = {std::string(falcon ? "FalconMamba" : "Mamba") +
+                             (lm ? "ForCausalLM" : "Model")};
   json["model_type"] = config.model_type;
   json["vocab_size"] = config.vocab;
   json["hidden_size"] = config.d;
@@ -294,6 +367,10 @@ std::string to_json(const Config& config) {
   json["pad_token_id"] = 0;
   json["dtype"] = "float32";
   OrderedJson coil;
+  if (own) {
+    for (const LayerConfig& layer : config.layers) coil["mixers"].push_back(name_of(layer.mixer));
+    coil["s4d"] = {{"states", config.s4d_states}, {"init", name_of(config.s4d_init)}};
+  }
   coil["objective"] = lm ? "lm" : "classify";
   if (!lm) coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";
   if (!config.alphabet.empty()) coil["alphabet"] = config.alphabet;

@@ -1,6 +1,7 @@
 // config.json: what the network is. The names and defaults are Hugging Face's for model_type
 // "mamba" and "falcon_mamba"; what Coil adds stands under the key "coil", which transformers
-// ignores.
+// ignores. A network that transformers does not have is of model_type "coil": the same keys, and a
+// mixer for each layer in coil.mixers.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +13,20 @@
 
 namespace coil {
 
-enum class MixerKind : uint8_t { mamba1 };
+enum class MixerKind : uint8_t { mamba1, s4d };
+const char* name_of(MixerKind kind);  // "mamba1", …, as in config.json
 struct LayerConfig {
   MixerKind mixer = MixerKind::mamba1;
 };
+// "s4d,mamba1" repeated over `layers` layers, every name checked; and the names of each layer.
+std::vector<LayerConfig> parse_mixers(const std::string& names, int64_t layers);
+std::string mixer_names(const std::vector<LayerConfig>& layers);
+
+// Where the imaginary parts of S4D's A begin (Gu et al. 2022, section 4): pi i; like 1 / i; those
+// of HiPPO-LegS.
+enum class S4dInit : uint8_t { lin, inv, legs };
+const char* name_of(S4dInit init);
+S4dInit parse_s4d_init(const std::string& name);
 
 enum class Objective : uint8_t { lm, classify };
 
@@ -38,6 +49,8 @@ struct Config {
 
   // Under "coil".
   Objective objective = Objective::lm;
+  int64_t s4d_states = 32;          // s4d.states: complex, each of a conjugate pair, a channel
+  S4dInit s4d_init = S4dInit::lin;  // s4d.init: initialisation only, as time_step_min and _max
   Pooling pooling = Pooling::mean;  // classify
   std::vector<std::string> labels;  // classify, condition; kept in labels.txt, a line per class
   std::string alphabet;             // "dna", or "" (audio; a model from elsewhere)

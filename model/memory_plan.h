@@ -16,12 +16,17 @@ struct MemoryRequest {
   Device device;  // a GPU's activations have the type of the matrices
 };
 
-struct MemoryPlan {  // bytes
+// Bytes. On a GPU as its blocks are allocated: within some percent of the peak that the backend
+// counts (tests/test_memory_fit.cc); context and kernels of the driver, some 500 MB, come on top.
+struct MemoryPlan {
   int64_t weights = 0;
-  int64_t state = 0;                   // of all sequences; inference only
-  int64_t activations = 0;             // the most at any moment
-  int64_t gradients = 0, moments = 0;  // training only
-  int64_t total() const { return weights + state + activations + gradients + moments; }
+  int64_t state = 0;                             // of all sequences; inference only
+  int64_t activations = 0;                       // the most at any moment
+  int64_t gradients = 0, moments = 0, copy = 0;  // training only; copy: of the weights, in bf16
+  int64_t workspace = 0;                         // of the matrix library, on a GPU
+  int64_t total() const {
+    return weights + state + activations + gradients + moments + copy + workspace;
+  }
 };
 
 MemoryPlan plan_memory(const Config& config, const MemoryRequest& request);

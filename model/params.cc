@@ -10,6 +10,7 @@
 
 #include "kernels/error.h"
 #include "kernels/ops.h"
+#include "kernels/philox.h"
 #include "model/config.h"
 
 namespace coil {
@@ -26,6 +27,36 @@ int64_t count_of(const std::vector<int64_t>& shape) {
   int64_t count = 1;
   for (int64_t size : shape) count *= size;
   return count;
+}
+
+// The imaginary part of eigenvalue m of HiPPO-LegS's normal matrix of 2 `pairs` states. Of its skew
+// part S = (sqrt(2j+1) sqrt(2k+1) / 2 above the diagonal, less that below), S x = i w x gives, with
+// sums q_j of what lies above less what lies below j, q_j / q_{j-1} = -exp(-2i atan(2w / (2j+1))),
+// and from the first q to the last a change of sign: the angles add up to (m + 1/2) pi.
+double legs_frequency(int64_t m, int64_t pairs) {
+  const double wanted = (static_cast<double>(m) + 0.5) * std::numbers::pi;
+  double low = 0, high = 4 * static_cast<double>(pairs * pairs) + 1;
+  for (int step = 0; step < 60; ++step) {  // halves, down to rounding
+    const double middle = (low + high) / 2;
+    double angle = 0;
+    for (int64_t j = 0; j < 2 * pairs; ++j)
+      angle += std::atan(2 * middle / (2 * static_cast<double>(j) + 1));
+    (angle < wanted ? low : high) = middle;
+  }
+  return (low + high) / 2;
+}
+
+double s4d_frequency(S4dInit init, int64_t i, int64_t pairs) {
+  const double both = 2 * static_cast<double>(pairs), at = static_cast<double>(i);
+  switch (init) {
+    case S4dInit::lin:
+      return std::numbers::pi * at;
+    case S4dInit::inv:
+      return both / std::numbers::pi * (both / (2 * at + 1) - 1);
+    case S4dInit::legs:
+      return legs_frequency(i, pairs);
+  }
+  return 0;
 }
 
 // x with softplus(x) = dt.
@@ -77,6 +108,29 @@ std::vector<float> initial_values(const ParamInfo& info, const Config& config, u
     case Init::dt_weight:
       uniform_within(1 / std::sqrt(static_cast<double>(config.dt_rank)));
       break;
+    case Init::normal:
+    case Init::s4d_C:
+      for (float& value : values)
+        value =
+            static_cast<float>(random.normal() * (info.init == Init::normal ? 1 : std::sqrt(0.5)));
+      break;
+    case Init::s4d_A_real:
+      std::fill(values.begin(), values.end(), std::log(0.5f));
+      break;
+    case Init::s4d_A_imag: {
+      const int64_t n = info.shape.back();
+      for (int64_t i = 0; i < count; ++i)
+        values[static_cast<size_t>(i)] =
+            i < n ? static_cast<float>(s4d_frequency(config.s4d_init, i, n))
+                  : values[static_cast<size_t>(i - n)];
+      break;
+    }
+    case Init::log_dt: {
+      const double low = std::log(static_cast<double>(config.dt_min));
+      const double high = std::log(static_cast<double>(config.dt_max));
+      for (float& value : values) value = static_cast<float>(low + random.uniform() * (high - low));
+      break;
+    }
     case Init::dt_bias: {
       const double low = std::log(static_cast<double>(config.dt_min));
       const double high = std::log(static_cast<double>(config.dt_max));
@@ -89,25 +143,6 @@ std::vector<float> initial_values(const ParamInfo& info, const Config& config, u
     }
   }
   return values;
-}
-
-void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
-  uint32_t c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
-  uint32_t k0 = key[0], k1 = key[1];
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * c0;
-    const uint64_t product1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(product1);
-    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(product0);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  out[0] = c0;
-  out[1] = c1;
-  out[2] = c2;
-  out[3] = c3;
 }
 
 Philox::Philox(uint64_t seed, uint32_t stream, uint64_t step)

@@ -16,12 +16,17 @@ struct Config;
 enum class Init : uint8_t {
   zeros,
   ones,
-  linear,       // U(±1/sqrt(fan_in)): torch's nn.Linear and nn.Conv1d
-  embedding,    // N(0, 0.02)
-  A_log,        // log(1…n) in every row: S4D-real
-  dt_weight,    // U(±rank^-1/2)
-  dt_bias,      // softplus^-1 of dt, log-uniform in dt_min…dt_max, at least dt_floor
-  residual_out  // linear / sqrt(layers): the residual stream keeps its size
+  linear,        // U(±1/sqrt(fan_in)): torch's nn.Linear and nn.Conv1d
+  embedding,     // N(0, 0.02)
+  A_log,         // log(1…n) in every row: S4D-real
+  dt_weight,     // U(±rank^-1/2)
+  dt_bias,       // softplus^-1 of dt, log-uniform in dt_min…dt_max, at least dt_floor
+  residual_out,  // linear / sqrt(layers): the residual stream keeps its size
+  normal,        // N(0, 1)
+  log_dt,        // log-uniform in dt_min…dt_max
+  s4d_C,         // N(0, 1/2): complex numbers of variance 1
+  s4d_A_real,    // log(1/2)
+  s4d_A_imag     // by config.s4d_init, in every row
 };
 
 struct ParamInfo {
@@ -45,10 +50,8 @@ void allocate(Backend& backend, const Param& param, DType dtype = DType::f32);
 // with one more tensor has the others unchanged.
 std::vector<float> initial_values(const ParamInfo& info, const Config& config, uint64_t seed);
 
-// Philox 4x32-10 (Salmon et al. 2011): four random words from a counter and a key.
-void philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
-
-// Philox keyed by (seed, stream, step): the only random numbers of the program. 2^34 words each.
+// Philox (kernels/philox.h) keyed by (seed, stream, step): the only random numbers of the program.
+// 2^34 words each.
 class Philox {
  public:
   Philox(uint64_t seed, uint32_t stream, uint64_t step);

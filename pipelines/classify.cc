@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels/error.h"
+#include "pipelines/fit.h"
 #include "pipelines/workers.h"
 
 namespace coil {
@@ -117,17 +118,24 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
               const std::function<void(const Stream&)>& progress) {
   const auto classes = static_cast<int64_t>(model.config.labels.size());
   StreamOptions stream_options = options.stream;
-  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
+  const bool chosen_here = stream_options.batch <= 0;
+  if (chosen_here)
+    stream_options.batch =
+        fitting_batch(backend, model.config, model.embedding.view().dtype, stream_options.note);
   Workers workers(backend);
   Stream stream(source, stream_options, workers.count(), FrontEnd(model.config));
-  State state(backend, model.config, stream.slots());
+  State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
+  Parts parts(stream, chosen_here, stream_options.note);
   Average average(model.config, options, emit);
   std::vector<Stream::Batch> batches(workers.count());
   std::vector<std::vector<float>> logits(batches.size());  // each (m, classes)
   Stream::Unit unit;
   while (const int filled = stream.next(batches)) {
-    workers.run(filled,
-                [&](int i, Backend& own) { logits[i] = logits_of(own, model, batches[i], state); });
+    workers.run(filled, [&](int i, Backend& own) {
+      logits[i] = parts.run(own, batches[i], i, [&](Stream::Batch& part) {
+        return logits_of(own, model, part, state);
+      });
+    });
     for (int b = 0; b < filled; b++) {
       const float* row = logits[b].data();
       for (size_t i = 0; i < batches[b].pieces.size(); i++) {

@@ -13,8 +13,8 @@
 
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
+#include "pipelines/fit.h"
 #include "pipelines/front_end.h"
-#include "pipelines/stream.h"
 
 namespace coil {
 namespace {
@@ -60,28 +60,19 @@ class Evaluator {
         front_(model.config),
         lm_(model.config.objective == Objective::lm),
         classes_(static_cast<int64_t>(model.config.labels.size())) {
-    if (options_.batch_tokens == 0)
-      options_.batch_tokens = auto_batch(model.config, backend.device());
+    if (options_.batch_tokens == 0) {
+      may_halve_ = true;
+      options_.batch_tokens =
+          fitting_batch(backend, model.config, model.embedding.view().dtype, options_.note);
+    }
     if (front_.audio()) options_.both_strands = false;
   }
 
   Evaluation run() {
     if (!lm_) result_.probabilities.assign(items_.size() * classes_, 0.0);
     for (size_t i = 0; i < items_.size(); ++i) {
-      for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand) {
-        std::vector<int32_t> ids, targets;
-        read({static_cast<int64_t>(i), strand == 1}, ids, targets);
-        const auto length = static_cast<int64_t>(ids.size());
-        if (length > options_.batch_tokens) {
-          long_item(static_cast<int64_t>(i), ids, targets);
-          continue;
-        }
-        if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
-        pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
-        ids_.insert(ids_.end(), ids.begin(), ids.end());
-        targets_.insert(targets_.end(), targets.begin(), targets.end());
-        batch_.push_back(static_cast<int64_t>(i));
-      }
+      for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand)
+        add({static_cast<int64_t>(i), strand == 1});
     }
     flush();
     if (lm_) {
@@ -108,8 +99,47 @@ class Evaluator {
     front_.append(codes, context, item.label, ids, targets);
   }
 
+  void add(Strand strand) {
+    std::vector<int32_t> ids, targets;
+    read(strand, ids, targets);
+    const auto length = static_cast<int64_t>(ids.size());
+    if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
+    if (length > options_.batch_tokens) return long_item(strand.item, ids, targets);
+    pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
+    ids_.insert(ids_.end(), ids.begin(), ids.end());
+    targets_.insert(targets_.end(), targets.begin(), targets.end());
+    batch_.push_back(strand);
+  }
+
+  // The batch, or the same items in smaller ones where memory runs out: nothing is counted before
+  // all of a batch is on the host.
   void flush() {
     if (ids_.empty()) return;
+    std::vector<Strand> again;
+    try {
+      compute();
+    } catch (const OutOfMemory&) {
+      if (!halve(static_cast<int64_t>(ids_.size()))) throw;
+      again = batch_;
+    }
+    pieces_ = {};
+    ids_.clear();
+    targets_.clear();
+    batch_.clear();
+    for (const Strand& strand : again) add(strand);
+    if (!again.empty()) flush();
+  }
+
+  bool halve(int64_t rows) {
+    if (!may_halve_ || rows / 2 < kFewestRows) return false;
+    backend_.release_kept();
+    options_.batch_tokens = rows / 2;
+    if (options_.note)
+      (*options_.note)(fmt::format("out of device memory: {} rows at a time", rows / 2));
+    return true;
+  }
+
+  void compute() {
     const Rows rows(backend_, std::move(pieces_));
     const Tensor h =  // (t, d)
         hidden(backend_, model_, host_view(ids_.data(), DType::i32, {rows.total()}), rows, nullptr);
@@ -119,37 +149,47 @@ class Evaluator {
       std::vector<std::byte> kept;
       const Tensor logits = class_logits(backend_, model_, h, rows, nullptr);  // (m, classes)
       const View host = on_host(backend_, logits, kept);
-      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(host, i, batch_[i]);
+      for (size_t i = 0; i < batch_.size(); ++i) add_probabilities(host, i, batch_[i].item);
     }
-    pieces_ = {};
-    ids_.clear();
-    targets_.clear();
-    batch_.clear();
   }
 
-  // An item longer than a batch: pieces of a batch's length, one state slot.
+  // An item longer than a batch, which is empty: pieces of a batch's length. Each reads the state
+  // that the one before it wrote and writes another, so that it can be computed again where memory
+  // ran out.
   void long_item(int64_t item, std::vector<int32_t>& ids, const std::vector<int32_t>& targets) {
-    flush();
     const auto length = static_cast<int64_t>(ids.size());
-    State state(backend_, model_.config, 1);
-    for (int64_t at = 0; at < length; at += options_.batch_tokens) {
+    State state(backend_, model_.config, 2);
+    int32_t slot = 0;
+    for (int64_t at = 0; at < length;) {
       const int64_t t = std::min(options_.batch_tokens, length - at);
-      const bool last = at + t == length;
-      const Rows rows(backend_, {{.begin = 0,
-                                  .length = t,
-                                  .position = at,
-                                  .from = at == 0 ? -1 : 0,
-                                  .to = 0,
-                                  .last = last}});
-      const Tensor h =  // (t, d)
-          hidden(backend_, model_, host_view(ids.data() + at, DType::i32, {t}), rows, &state);
-      if (lm_) {
-        add_likelihood(h, {targets.begin() + at, targets.begin() + at + t});
-      } else {
-        const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
-        std::vector<std::byte> kept;
-        if (last) add_probabilities(on_host(backend_, logits, kept), 0, item);
+      const Piece piece{.begin = 0,
+                        .length = t,
+                        .position = at,
+                        .from = at == 0 ? -1 : 1 - slot,
+                        .to = slot,
+                        .last = at + t == length};
+      try {
+        long_piece(host_view(ids.data() + at, DType::i32, {t}),
+                   {targets.begin() + at, targets.begin() + at + t}, piece, state, item);
+      } catch (const OutOfMemory&) {
+        if (!halve(t)) throw;
+        continue;
       }
+      at += t;
+      slot = 1 - slot;
+    }
+  }
+
+  void long_piece(View ids, const std::vector<int32_t>& targets, const Piece& piece, State& state,
+                  int64_t item) {
+    const Rows rows(backend_, {piece});
+    const Tensor h = hidden(backend_, model_, ids, rows, &state);  // (t, d)
+    if (lm_) {
+      add_likelihood(h, targets);
+    } else {
+      const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
+      std::vector<std::byte> kept;
+      if (piece.last) add_probabilities(on_host(backend_, logits, kept), 0, item);
     }
   }
 
@@ -174,14 +214,14 @@ class Evaluator {
   std::span<const Example> items_;
   EvaluateOptions options_;
   FrontEnd front_;
-  bool lm_;
+  bool lm_, may_halve_ = false;
   int64_t classes_;
   Evaluation result_;
   double nats_ = 0;
   int64_t counted_ = 0;
   std::vector<int32_t> ids_, targets_;  // (t)
   std::vector<Piece> pieces_;
-  std::vector<int64_t> batch_;  // items
+  std::vector<Strand> batch_;
 };
 
 }  // namespace

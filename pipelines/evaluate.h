@@ -8,6 +8,7 @@
 
 #include "model/batch.h"
 #include "model/head.h"
+#include "pipelines/stream.h"
 
 namespace coil {
 
@@ -27,6 +28,8 @@ Metrics measure(std::span<const int32_t> truth, std::span<const double> probabil
 struct EvaluateOptions {
   int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
   bool both_strands = true;  // DNA only. classify: probabilities averaged; lm: log-likelihoods
+  // Told where memory makes batches smaller than they would be.
+  const Note* note = nullptr;
 };
 struct Evaluation {
   Metrics metrics;                    // classify; of an lm: count (bases, samples) and loss only

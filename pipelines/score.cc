@@ -6,6 +6,7 @@
 #include <numbers>
 
 #include "kernels/error.h"
+#include "pipelines/fit.h"
 #include "pipelines/workers.h"
 
 namespace coil {
@@ -99,19 +100,25 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
            const std::function<void(const Stream&)>& progress) {
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
   StreamOptions stream_options = options.stream;
-  if (stream_options.batch <= 0) stream_options.batch = auto_batch(model.config, backend.device());
+  const bool chosen_here = stream_options.batch <= 0;
+  if (chosen_here)
+    stream_options.batch =
+        fitting_batch(backend, model.config, model.embedding.view().dtype, stream_options.note);
   const FrontEnd front_end(model.config);
   const Track lines(front_end, model.config.audio.rate);
   const Track* const track = options.per_base ? &lines : nullptr;
   Workers workers(backend);
   Stream stream(source, stream_options, workers.count(), front_end);
-  State state(backend, model.config, stream.slots());
+  State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
+  Parts parts(stream, chosen_here, stream_options.note);
   std::vector<Stream::Batch> batches(workers.count());
   std::vector<std::vector<float>> nats(batches.size());  // each (t)
   Stream::Unit unit;
   while (const int filled = stream.next(batches)) {
     workers.run(filled, [&](int i, Backend& own) {
-      nats[i] = losses_of(own, model, front_end, batches[i], state);
+      nats[i] = parts.run(own, batches[i], i, [&](Stream::Batch& part) {
+        return losses_of(own, model, front_end, part, state);
+      });
     });
     for (int b = 0; b < filled; b++) {
       for (size_t i = 0; i < batches[b].pieces.size(); i++) {

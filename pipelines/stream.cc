@@ -55,7 +55,8 @@ Stream::Stream(Source& source, const StreamOptions& options, int parallel, const
   options_.stride *= front.step();
   if (options_.chunk <= 0 || options_.chunk > options_.batch) options_.chunk = options_.batch;
   if (options_.stride <= 0) options_.stride = options_.window;
-  // A turn leaves at most so many sequences unfinished, and what it releases is free after it.
+  // A turn leaves at most so many sequences unfinished, each in another slot than before; what it
+  // releases is free after it.
   const int64_t most = parallel * ((options_.batch + options_.chunk - 1) / options_.chunk + 1);
   slots_ = static_cast<int32_t>(std::min(kSlots, 2 * most));
   for (int32_t slot = slots_; slot-- > 0;) free_.push_back(slot);
@@ -242,16 +243,16 @@ bool Stream::fill(Batch& batch, size_t& i) {
                 .from = sequence.slot,
                 .to = -1,
                 .last = last};
-    if (!last) {
-      if (sequence.slot < 0) {
-        if (free_.empty()) return false;
-        sequence.slot = free_.back();
-        free_.pop_back();
-      }
-      piece.to = sequence.slot;
-    } else if (sequence.slot >= 0) {
-      released_.push_back(sequence.slot);
+    const bool first = sequence.slot < 0;
+    if (first && !last && carried_ == slots_ / 2) return false;
+    if (!first) released_.push_back(sequence.slot);
+    if (!last) {  // those carried need at most the other half of the slots
+      COIL_ASSERT(!free_.empty());
+      piece.to = sequence.slot = free_.back();
+      free_.pop_back();
     }
+    carried_ += first && !last;
+    carried_ -= !first && last;
     const int64_t end = sequence.position + count;
     for (int64_t at = sequence.position; at < end; ++at) {
       batch.ids.push_back(token(sequence, at));

@@ -7,7 +7,8 @@
 // A unit is what gets one answer: a record, or a window of one. It is read as one or two sequences
 // (strands). Each turn fills up to k batches of `batch` rows with the open sequences in order of
 // their begin, at most `chunk` steps of each: a long record moves on chunk by chunk with its state
-// in a slot, many short ones share a batch. What the batches hold is a function of input, options
+// in a slot, many short ones share a batch. Every piece reads one slot and writes another, so that
+// a batch that failed can be computed again. What the batches hold is a function of input, options
 // and k only, never of time.
 //
 // Memory is bounded whatever the input: a record that comes in several segments is never held. For
@@ -31,6 +32,8 @@
 
 namespace coil {
 
+using Note = std::function<void(const std::string&)>;  // a line for a person
+
 enum class Strands : uint8_t { both, forward, reverse };
 Strands parse_strands(const std::string& text);  // throws UsageError
 
@@ -40,6 +43,8 @@ struct StreamOptions {
   int64_t stride = 0;  // 0: the window
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
+  // Told, once, where memory makes batches smaller than they would be.
+  const Note* note = nullptr;
 };
 // A function of the network and the kind of device alone. CPU: rows whose activations in one layer
 // stay in the cache. GPU: rows that fill it, within 2 GB.
@@ -48,7 +53,7 @@ int64_t auto_batch(const Config& config, Device device);
 class Stream {
  public:
   static constexpr int64_t kWindow = 4096;  // units begun and not yet popped
-  static constexpr int64_t kSlots = 256;    // most sequences carried at once
+  static constexpr int64_t kSlots = 256;    // of states: twice the most sequences carried at once
 
   struct Unit {
     int64_t record = 0, file = 0;
@@ -109,6 +114,7 @@ class Stream {
   std::deque<Unit> units_;                         // in input order
   std::vector<std::unique_ptr<Sequence>> active_;  // in order of their begin
   std::vector<int32_t> free_, released_;           // slots; released ones are free after the batch
+  int32_t carried_ = 0;                            // sequences whose state stands in a slot
   Unit* open_ = nullptr;                           // the record being read, if it is not held
   Sequence* open_forward_ = nullptr;
   int64_t open_length_ = 0;

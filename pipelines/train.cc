@@ -21,7 +21,9 @@
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
+#include "model/memory_plan.h"
 #include "pipelines/batches.h"
+#include "pipelines/fit.h"
 #include "pipelines/run_log.h"
 #include "pipelines/training_data.h"
 
@@ -78,6 +80,7 @@ void check_ranges(const TrainOptions& o) {
   within("d-model", static_cast<double>(o.d), 1, 1 << 16);
   within("layers", static_cast<double>(o.layers), 1, 1 << 12);
   within("state", static_cast<double>(o.n), 1, 1 << 12);
+  within("s4d-states", static_cast<double>(o.s4d_states), 1, 128);
   within("steps", static_cast<double>(o.steps), 0, kAny);
   within("epochs", o.epochs, 0, kAny);
   within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
@@ -124,6 +127,9 @@ class Trainer {
     }
     return 0;
   }
+
+  // What would fit, after memory ran out.
+  std::string memory_hint() const;
 
  private:
   void say(const std::string& text) const {
@@ -222,7 +228,12 @@ Config Trainer::network() const {
     config.e = 2 * options_.d;
     config.n = options_.n;
     config.dt_rank = (options_.d + 15) / 16;
-    config.layers.assign(options_.layers, LayerConfig{});
+    config.layers = parse_mixers(options_.mixers, options_.layers);
+    config.s4d_states = options_.s4d_states;
+    config.s4d_init = parse_s4d_init(options_.s4d_init);
+    const bool mamba = std::ranges::all_of(
+        config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
+    if (!mamba) config.model_type = "coil";
   }
   config.objective = options_.objective;
   config.pooling = options_.pooling;
@@ -283,6 +294,7 @@ void Trainer::begin() {
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());
   options_.n = config.n;
+  if (!options_.from.empty()) options_.mixers = mixer_names(config.layers);
   model_ = make_model(backend_, config, options_.seed);
   grad_ = zeros_like(backend_, model_);
   if (options_.precision == "bf16") {
@@ -305,10 +317,12 @@ void Trainer::begin() {
   if (data_.parts.held_out.empty())
     say("note: nothing is held out to validate with: the last model is kept");
   say(fmt::format("{}, d {}, n {}: {}; {} of {}, learning rate {:g}, {}",
-                  counted(options_.layers, "layer"), options_.d, options_.n,
-                  counted(parameters(config), "parameter"), counted(options_.steps, "step"),
-                  counted(options_.batch_tokens, "token"), options_.lr,
-                  counted(options_.threads, "thread")));
+                  config.model_type == "coil"
+                      ? fmt::format("{} ({})", counted(options_.layers, "layer"), options_.mixers)
+                      : counted(options_.layers, "layer"),
+                  options_.d, options_.n, counted(parameters(config), "parameter"),
+                  counted(options_.steps, "step"), counted(options_.batch_tokens, "token"),
+                  options_.lr, counted(options_.threads, "thread")));
   if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
     std::vector<double> counts(data_.all.labels.size(), 0);
     for (const Example& item : data_.parts.train) counts[item.label] += 1;
@@ -413,6 +427,36 @@ int Trainer::loop() {
   return 0;
 }
 
+std::string Trainer::memory_hint() const {
+  const Memory memory = backend_.memory();
+  if (memory.room() < 0) return "coil info MODEL --train --length … plans memory";
+  const int64_t usable = plannable(memory.room() + memory.in_use, backend_.device());
+  // Of a window or record, in tokens: its codes, and what the front end puts before them.
+  const int64_t step = front_.step(),
+                before = front_.prefix() + (front_.audio() && lm() ? step : 0);
+  int64_t longest = options_.max_length * step;
+  if (longest == 0)
+    for (const Example& item : data_.parts.train) longest = std::max(longest, item.length);
+  longest += before;
+  const DType matrices = options_.precision == "bf16" ? DType::bf16 : DType::f32;
+  int64_t rows =
+      std::min(options_.batch_tokens, std::max(longest, training_rows(backend_.device())));
+  MemoryPlan plan;
+  for (rows /= 2; rows >= before + step; rows /= 2) {
+    plan = plan_memory(
+        network(),
+        {.length = rows, .matrices = matrices, .train = true, .device = backend_.device()});
+    if (plan.total() > usable) continue;
+    if (rows >= longest) return fmt::format("--batch-tokens {} would fit", rows);
+    return fmt::format("windows of --max-length {} with --batch-tokens {} would fit",
+                       (rows - before) / step, rows);
+  }
+  return fmt::format(
+      "weights, gradients and moments alone take {}: a smaller network (--d-model, --layers), or "
+      "--device cpu",
+      binary_size(plan.total() - plan.activations));
+}
+
 // What the mean loss divides by.
 double Trainer::weight_of(std::span<const int32_t> targets) const {
   double total = 0;
@@ -443,7 +487,7 @@ void Trainer::train_step() {
                            : host_view(class_weights_.data(), DType::f32,
                                        {static_cast<int64_t>(class_weights_.size())});
   const double total = weight_of(batch.targets);
-  const int64_t most = backend_.device().kind == Device::Kind::cpu ? kPartRows : kDevicePartRows;
+  const int64_t most = training_rows(backend_.device());
   const Tensor numbers(backend_, DType::f64, {2});
   backend_.fill(numbers, 0);
   const View loss = numbers.view().slice(0, 1), squares = numbers.view().slice(1, 1);
@@ -515,10 +559,11 @@ void Trainer::evaluate_now() {
                  .train_loss = mean_loss(),
                  .learning_rate = learning_rate(options_, step_)};
   point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
+  const Note note = [this](const std::string& text) { say("note: evaluation: " + text); };
   if (!data_.parts.held_out.empty())
     point.validation =
         evaluate(backend_, computing(), data_.held_out_of(options_), data_.parts.held_out,
-                 {.both_strands = options_.reverse_complement});
+                 {.both_strands = options_.reverse_complement, .note = &note});
   const Metrics& m = point.validation.metrics;
   // Without a validation set the last model stands.
   double metric = static_cast<double>(step_), loss = 0;
@@ -590,8 +635,17 @@ void Trainer::save() {
 
 }  // namespace
 
+int64_t training_rows(Device device) {
+  return device.kind == Device::Kind::cpu ? kPartRows : kDevicePartRows;
+}
+
 int train(Backend& backend, TrainOptions options, const TrainHooks& hooks) {
-  return Trainer(backend, std::move(options), hooks).run();
+  Trainer trainer(backend, std::move(options), hooks);
+  try {
+    return trainer.run();
+  } catch (const OutOfMemory& error) {
+    throw OutOfMemory(error.what(), trainer.memory_hint());
+  }
 }
 
 }  // namespace coil

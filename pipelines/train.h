@@ -32,6 +32,9 @@ struct TrainOptions {
   bool condition = false;
   int64_t min_length = 0, max_length = 0;  // windows, in bases or samples; 0: whole records
   int64_t d = 128, layers = 4, n = 16;
+  std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers
+  int64_t s4d_states = 32;        // complex
+  std::string s4d_init = "lin";   // lin | inv | legs
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs
   double epochs = 6;
@@ -73,6 +76,10 @@ struct TrainHooks {
       progress;                      // between evaluations: replaces the last progress
   std::function<int()> interrupted;  // number of the signal that came, else 0
 };
+
+// Rows that forward and backward take at once, whole sequences of a batch: gradients of its parts
+// add up. A longer sequence is a part of its own.
+int64_t training_rows(Device device);
 
 // Returns the exit status: 0, or 128 + signal after an interruption (checkpoint written). A loss
 // that is not finite or explodes throws, naming the step; the last good checkpoint stays.

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <nlohmann/json.hpp>
 #include <numbers>
+#include <string_view>
 
 #include "kernels/error.h"
 #include "pipelines/train.h"
@@ -30,9 +30,10 @@ constexpr Preset kPresets[] = {
     {"audio-small", true, Objective::lm, 128, 4, 4e-3, 32'768},
     {"audio-base", true, Objective::lm, 256, 8, 2e-3, 65'536},
 };
-// What checkpoints from before audio lack; their defaults are what those runs had.
-constexpr const char* kLater[] = {"precision", "audio",  "rate",          "codes",
-                                  "trim",      "labels", "label_pattern", "condition"};
+// What older checkpoints lack; their defaults are what those runs had.
+constexpr std::string_view kLater[] = {"precision", "audio",      "rate",          "codes",
+                                       "trim",      "labels",     "label_pattern", "condition",
+                                       "mixers",    "s4d_states", "s4d_init"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -58,6 +59,9 @@ void visit(Options& o, F f) {
   f("d", o.d, true);
   f("layers", o.layers, true);
   f("n", o.n, true);
+  f("mixers", o.mixers, true);
+  f("s4d_states", o.s4d_states, true);
+  f("s4d_init", o.s4d_init, true);
   f("steps", o.steps, true);
   f("epochs", o.epochs, true);
   f("batch_tokens", o.batch_tokens, true);
@@ -119,9 +123,7 @@ TrainOptions parse_train_options(const std::string& text) {
   try {
     const json in = json::parse(text);
     visit(options, [&](const char* key, auto& value, bool) {
-      const bool later = std::any_of(std::begin(kLater), std::end(kLater),
-                                     [&](const char* name) { return std::strcmp(key, name) == 0; });
-      if (in.contains(key) || !later) in.at(key).get_to(value);
+      if (in.contains(key) || !std::ranges::count(kLater, key)) in.at(key).get_to(value);
     });
     options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;
     options.pooling = in.at("pooling") == "last" ? Pooling::last : Pooling::mean;

@@ -41,6 +41,7 @@ class Field {
   }
 
   operator const View&() const { return view_; }
+  const View& view() const { return view_; }
   View row(int64_t i = 0) const { return view_.slice(i, 1).reshape({cols_}); }
   View column() const { return view_.reshape({rows_}); }
   View rows(int64_t begin, int64_t count) const { return view_.slice(begin, count); }

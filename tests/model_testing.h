@@ -30,6 +30,15 @@ inline Config small_config(bool falcon) {
   return config;
 }
 
+// Layers of these mixers in turn.
+inline Config mixed_config(const std::string& mixers, int64_t layers) {
+  Config config = small_config(false);
+  config.model_type = "coil";
+  config.layers = parse_mixers(mixers, layers);
+  config.s4d_states = 7;
+  return config;
+}
+
 inline Config classifier_config(Pooling pooling) {
   Config config = small_config(false);
   config.objective = Objective::classify;

@@ -40,6 +40,18 @@ T silu(T x) {
   return x / (1.0 + std::exp(-x));
 }
 
+// Of a complex number to first order in its imaginary part, which is all that a complex step sees.
+inline double erf(double x) { return std::erf(x); }
+inline std::complex<double> erf(std::complex<double> x) {
+  constexpr double kSlope = 1.1283791670955126;  // 2 / sqrt(pi)
+  return {std::erf(x.real()), x.imag() * kSlope * std::exp(-x.real() * x.real())};
+}
+
+template <class T>
+T gelu(T x) {
+  return 0.5 * x * (1.0 + erf(x * 0.7071067811865476));
+}
+
 inline int64_t row_of(const Piece& piece, int64_t step, bool reverse) {
   return reverse ? piece.begin + piece.length - 1 - step : piece.begin + step;
 }
@@ -119,6 +131,75 @@ Arrays<T> selective_scan(const ScanShape& shape, std::span<const Piece> pieces,
       sum_dt.push_back(sum);
       for (int64_t i = 0; i < n && piece.to >= 0; ++i) state[(piece.to * e + c) * n + i] = h[i];
     }
+  return out;
+}
+
+struct S4dShape {
+  int64_t d = 1, n = 1;
+  bool gelu = false, reverse = false;
+};
+
+// Real and imaginary part, each perhaps complex itself for a complex step.
+template <class T>
+struct Pair {
+  T re, im;
+};
+template <class T>
+Pair<T> operator*(Pair<T> a, Pair<T> b) {
+  return {a.re * b.re - a.im * b.im, a.re * b.im + a.im * b.re};
+}
+template <class T>
+Pair<T> operator/(Pair<T> a, Pair<T> b) {
+  const T square = b.re * b.re + b.im * b.im;
+  return a * Pair<T>{b.re / square, -b.im / square};
+}
+
+// In: x log_A_real A_imag C log_dt D [state]. Out: y, before_gelu, state.
+template <class T>
+Arrays<T> s4d_scan(const S4dShape& shape, std::span<const Piece> pieces, const Arrays<T>& in) {
+  const auto [d, n, with_gelu, reverse] = shape;
+  const std::vector<T>&x = in.at("x"), &C = in.at("C");
+  Arrays<T> out;
+  std::vector<T>& y = out["y"];
+  std::vector<T>& before = out["before_gelu"];
+  std::vector<T>& state = out["state"];
+  y.resize(x.size());
+  before.resize(x.size());
+  if (in.count("state")) state = in.at("state");
+  for (int64_t c = 0; c < d; ++c) {
+    const T delta = std::exp(in.at("log_dt")[c]);
+    std::vector<Pair<T>> a(n), K(n);
+    for (int64_t i = 0; i < n; ++i) {
+      const Pair<T> A = {-std::exp(in.at("log_A_real")[c * n + i]), in.at("A_imag")[c * n + i]};
+      const T size = std::exp(delta * A.re), angle = delta * A.im;
+      a[i] = {size * std::cos(angle), size * std::sin(angle)};
+      const Pair<T> twice = {2.0 * C[(c * n + i) * 2], 2.0 * C[(c * n + i) * 2 + 1]};
+      K[i] = twice * Pair<T>{a[i].re - 1.0, a[i].im} / A;
+    }
+    for (const Piece& piece : pieces) {
+      std::vector<Pair<T>> h(n);
+      for (int64_t i = 0; i < n && piece.from >= 0; ++i) {
+        const int64_t place = ((piece.from * d + c) * n + i) * 2;
+        h[i] = {in.at("state")[place], in.at("state")[place + 1]};
+      }
+      for (int64_t s = 0; s < piece.length; ++s) {
+        const int64_t at = row_of(piece, s, reverse) * d + c;
+        T value = in.at("D")[c] * x[at];
+        for (int64_t i = 0; i < n; ++i) {
+          h[i] = a[i] * h[i];
+          h[i].re += x[at];
+          value += (K[i] * h[i]).re;
+        }
+        before[at] = value;
+        y[at] = with_gelu ? gelu(value) : value;
+      }
+      for (int64_t i = 0; i < n && piece.to >= 0; ++i) {
+        const int64_t place = ((piece.to * d + c) * n + i) * 2;
+        state[place] = h[i].re;
+        state[place + 1] = h[i].im;
+      }
+    }
+  }
   return out;
 }
 

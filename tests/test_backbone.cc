@@ -1,6 +1,6 @@
 // What must hold of the backbone whatever the numbers are: chunked = one-shot = step by step, alone
 // = among others, causality, gradients through a carried state, the same bits twice. falcon_mamba's
-// norms included.
+// norms and networks of several mixers included.
 #include "model/backbone.h"
 
 #include <gtest/gtest.h>
@@ -39,20 +39,27 @@ std::vector<float> hidden_in_chunks(Backend& backend, const Model& model,
   return all;
 }
 
-class EitherModel : public ::testing::TestWithParam<bool> {
+Config config_of(const std::string& name) {
+  if (name == "s4d") return mixed_config("s4d", 2);
+  if (name == "mixed") return mixed_config("s4d,mamba1", 3);
+  return small_config(name == "falcon_mamba");
+}
+
+class AnyModel : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     COIL_NEEDS_TEST_DEVICE();
     backend_ = make_test_backend();
-    model_ = random_model(*backend_, small_config(GetParam()), 17);
+    model_ = random_model(*backend_, config_of(GetParam()), 17);
   }
   std::unique_ptr<Backend> backend_;
   Model model_;
 };
-INSTANTIATE_TEST_SUITE_P(Backbone, EitherModel, ::testing::Bool(),
-                         [](const auto& info) { return info.param ? "falcon_mamba" : "mamba"; });
+INSTANTIATE_TEST_SUITE_P(Backbone, AnyModel,
+                         ::testing::Values("mamba", "falcon_mamba", "s4d", "mixed"),
+                         [](const auto& info) { return std::string(info.param); });
 
-TEST_P(EitherModel, ChunkedIsOneShotIsStepByStep) {
+TEST_P(AnyModel, ChunkedIsOneShotIsStepByStep) {
   const std::vector<int32_t> ids = random_ids(1503, model_.config.vocab, 1);
   const std::vector<float> whole = hidden_of(*backend_, model_, ids);
   for (int64_t chunk : {1, 7, 64, 1000})
@@ -62,7 +69,7 @@ TEST_P(EitherModel, ChunkedIsOneShotIsStepByStep) {
 }
 
 // Sequences of many lengths in one batch, each in a slot of its own and in two pieces.
-TEST_P(EitherModel, AloneIsAmongOthers) {
+TEST_P(AnyModel, AloneIsAmongOthers) {
   const int64_t d = model_.config.d;
   const std::vector<int64_t> lengths = {1, 2, 3, 63, 64, 65, 300, 5, 17, 128};
   std::vector<std::vector<int32_t>> sequences;
@@ -96,7 +103,7 @@ TEST_P(EitherModel, AloneIsAmongOthers) {
         << "sequence of " << sequences[i].size();
 }
 
-TEST_P(EitherModel, EarlierStepsDoNotSeeLaterOnes) {
+TEST_P(AnyModel, EarlierStepsDoNotSeeLaterOnes) {
   std::vector<int32_t> ids = random_ids(700, model_.config.vocab, 2);
   const std::vector<float> before = hidden_of(*backend_, model_, ids);
   ids[500] = (ids[500] + 1) % static_cast<int32_t>(model_.config.vocab);
@@ -110,7 +117,7 @@ TEST_P(EitherModel, EarlierStepsDoNotSeeLaterOnes) {
 
 // Backward over two chunks, in reverse, the gradient of the state carried between them, is backward
 // of the whole.
-TEST_P(EitherModel, GradientThroughACarriedState) {
+TEST_P(AnyModel, GradientThroughACarriedState) {
   Backend& backend = *backend_;
   const Config& config = model_.config;
   const int64_t total = 150, cut = 67, d = config.d;
@@ -155,7 +162,7 @@ TEST_P(EitherModel, GradientThroughACarriedState) {
   }
 }
 
-TEST_P(EitherModel, BackwardNeedsTheStateThatForwardRead) {
+TEST_P(AnyModel, BackwardNeedsTheStateThatForwardRead) {
   State state(*backend_, model_.config, 1);
   Saved saved;
   std::vector<int32_t> ids = {1, 2, 3};
@@ -163,7 +170,7 @@ TEST_P(EitherModel, BackwardNeedsTheStateThatForwardRead) {
   EXPECT_THROW(hidden(*backend_, model_, ids_view(ids), rows, &state, &saved), Error);
 }
 
-TEST_P(EitherModel, SameBitsTwice) {
+TEST_P(AnyModel, SameBitsTwice) {
   std::vector<int32_t> ids = random_ids(400, model_.config.vocab, 5);
   std::vector<int32_t> targets(ids.begin() + 1, ids.end());
   targets.push_back(-1);

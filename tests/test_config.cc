@@ -13,6 +13,7 @@
 #include <set>
 
 #include "kernels/error.h"
+#include "kernels/philox.h"
 #include "model/head.h"
 
 namespace coil {
@@ -79,7 +80,8 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(with(R"(, "hidden_act": "gelu")"),
             "m/config.json: hidden_act: expected \"silu\" or \"swish\", found \"gelu\"");
   EXPECT_EQ(refusal(R"({"model_type": "mamba2"})"),
-            "m/config.json: model_type: expected \"mamba\" or \"falcon_mamba\", found \"mamba2\"");
+            "m/config.json: model_type: expected \"mamba\" or \"falcon_mamba\" or \"coil\", found "
+            "\"mamba2\"");
   EXPECT_EQ(refusal("{}"), "m/config.json: model_type is missing");
   EXPECT_EQ(refusal(R"({"model_type": "mamba", "hidden_size": 8, "num_hidden_layers": 1})"),
             "m/config.json: vocab_size is missing");
@@ -90,9 +92,7 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(refusal("{\"a\": }"), "m/config.json: expected JSON, found something else at byte 7");
   EXPECT_EQ(with(R"(, "coil": {"objective": "classify", "heads": 2})"),
             "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, audio, "
-            "condition, unknown; "
-            "the model needs a "
-            "newer Coil");
+            "condition, unknown, mixers, s4d; the model needs a newer Coil");
   EXPECT_EQ(with(R"(, "coil": {"unknown": [{"length": 100, "probability": 1.5}]})"),
             "m/config.json: coil.unknown[0].probability: expected a number from 0 to 1, found 1.5");
 }
@@ -116,6 +116,68 @@ TEST(Config, Audio) {
   EXPECT_EQ(refusal(std::string(kSmall) + R"(, "coil": {"condition": true}})"),
             "m/config.json: coil.condition: expected false: only a language model of audio has "
             "labels before it, found true");
+}
+
+TEST(Config, MixersOfLayers) {
+  const std::string own =
+      R"({"model_type": "coil", "vocab_size": 16, "hidden_size": 40, "num_hidden_layers": 3)";
+  const Config config = parse_config(
+      own +
+          R"(, "coil": {"mixers": ["s4d", "mamba1", "s4d"], "s4d": {"states": 5, "init": "legs"}}})",
+      "x");
+  EXPECT_EQ(mixer_names(config.layers), "s4d,mamba1,s4d");
+  EXPECT_EQ(config.s4d_states, 5);
+  EXPECT_EQ(config.s4d_init, S4dInit::legs);
+  const Config back = parse_config(to_json(config), "x");
+  EXPECT_EQ(to_json(back), to_json(config));
+  EXPECT_EQ(mixer_names(parse_mixers("s4d,mamba1", 5)), "s4d,mamba1,s4d,mamba1,s4d");
+
+  EXPECT_EQ(refusal(own + "}"), "m/config.json: coil is missing");
+  EXPECT_EQ(refusal(own + R"(, "coil": {}})"), "m/config.json: coil.mixers is missing");
+  EXPECT_EQ(refusal(own + R"(, "coil": {"mixers": ["s4d"]}})"),
+            "m/config.json: coil.mixers: expected a list of 3 names, found an array");
+  EXPECT_EQ(refusal(own + R"(, "coil": {"mixers": ["s4d", "s5", 3]}})"),
+            "m/config.json: coil.mixers: expected \"mamba1\" or \"s4d\", found \"s5\"");
+  EXPECT_EQ(refusal(kSmall + std::string(R"(, "coil": {"mixers": ["s4d", "s4d", "s4d"]}})")),
+            "m/config.json: coil.mixers: expected none with model_type mamba, found an array");
+  EXPECT_EQ(refusal(kSmall + std::string(R"(, "coil": {"s4d": {"state": 3}}})")),
+            "m/config.json: coil.s4d.\"state\": expected states or init; the model needs a newer "
+            "Coil");
+  EXPECT_THROW(parse_mixers("s4d,,mamba1", 2), Error);
+  EXPECT_THROW(parse_mixers("", 2), Error);
+  EXPECT_THROW(parse_s4d_init("random"), Error);
+}
+
+// HiPPO-LegS's normal matrix: its skew part has these eigenvalues, so the sums of their squares and
+// fourth powers are those of its trace.
+TEST(Config, FrequenciesOfS4d) {
+  constexpr int64_t kPairs = 6, kBoth = 2 * kPairs;
+  const auto frequencies = [&](S4dInit init) {
+    Config config;
+    config.s4d_init = init;
+    const std::vector<float> all =
+        initial_values({.name = "a", .shape = {3, kPairs}, .init = Init::s4d_A_imag}, config, 1);
+    EXPECT_EQ(all[1], all[kPairs + 1]);
+    return std::vector<double>(all.begin(), all.begin() + kPairs);
+  };
+  EXPECT_NEAR(frequencies(S4dInit::lin)[5], 5 * M_PI, 1e-5);
+  EXPECT_NEAR(frequencies(S4dInit::inv)[0], 12 / M_PI * 11, 1e-5);
+  EXPECT_NEAR(frequencies(S4dInit::inv)[5], 12 / M_PI * (12. / 11 - 1), 1e-5);
+  double square[kBoth][kBoth] = {}, skew[kBoth][kBoth], squares = 0, fourths = 0;
+  for (int64_t j = 0; j < kBoth; ++j)
+    for (int64_t k = 0; k < kBoth; ++k)
+      skew[j][k] = std::sqrt((2. * j + 1) * (2. * k + 1)) / 2 * (j < k ? 1 : j > k ? -1 : 0);
+  for (int64_t j = 0; j < kBoth; ++j)
+    for (int64_t k = 0; k < kBoth; ++k)
+      for (int64_t l = 0; l < kBoth; ++l) square[j][k] += skew[j][l] * skew[l][k];
+  for (int64_t j = 0; j < kBoth; ++j) {
+    squares -= square[j][j];
+    for (int64_t k = 0; k < kBoth; ++k) fourths += square[j][k] * square[k][j];
+  }
+  for (const double w : frequencies(S4dInit::legs))
+    squares -= 2 * w * w, fourths -= 2 * w * w * w * w;
+  EXPECT_NEAR(squares, 0, 1e-3);
+  EXPECT_NEAR(fourths, 0, 2);
 }
 
 TEST(Config, ValuesThatCannotBeAreRefused) {

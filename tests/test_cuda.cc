@@ -33,16 +33,17 @@ std::vector<Piece> decoding(int64_t count) {
   return pieces;
 }
 
-// So many of about one length that a scan takes them in one pass; states read, written, forked.
+// So many of about one length that a scan takes them in one pass, backward several times 32
+// channels a block; states read, written, forked.
 std::vector<Piece> together() {
   std::vector<Piece> pieces;
   int64_t begin = 0;
-  for (int32_t i = 0; i < 24; ++i) {
-    const int64_t length = 150 + 7 * (i % 13);
+  for (int32_t i = 0; i < 33; ++i) {
+    const int64_t length = 200 + 7 * (i % 8);
     pieces.push_back({.begin = begin,
                       .length = length,
                       .from = i % 3 ? i : -1,
-                      .to = i % 4 ? 24 + i : -1,
+                      .to = i % 4 ? 33 + i : -1,
                       .last = i % 4 == 0});
     begin += length;
   }
@@ -55,6 +56,8 @@ std::vector<Shape> shapes() {
       {"ragged", {.d = 64, .e = 128, .n = 16, .r = 4, .v = 5, .pieces = ragged_pieces(5000)}},
       {"odd", {.d = 37, .e = 75, .n = 11, .r = 5, .w = 3, .v = 23, .pieces = ragged_pieces(700)}},
       {"states", {.d = 40, .e = 36, .n = 37, .r = 3, .w = 2, .pieces = ragged_pieces(300)}},
+      {"few states", {.d = 70, .e = 48, .n = 3, .r = 3, .pieces = ragged_pieces(2000)}},
+      {"many states", {.d = 44, .e = 20, .n = 70, .r = 3, .pieces = ragged_pieces(1500)}},
       {"batch", {.d = 256, .e = 512, .n = 16, .pieces = whole_pieces({2048, 2048, 2048, 2048})}},
       {"together", {.d = 256, .e = 512, .n = 16, .pieces = together()}},
       {"long", {.d = 32, .e = 64, .n = 16, .r = 2, .pieces = whole_pieces({100'000})}},
@@ -98,7 +101,7 @@ double relative(const std::vector<double>& found, const std::vector<double>& exp
 }
 
 bool is_private(const OpCase& op, size_t output) {  // checkpoints
-  return op.name == "selective_scan for training" && output == 1;
+  return op.name.ends_with("scan for training") && output == 1;
 }
 
 class Cuda : public testing::TestWithParam<DType> {
@@ -116,7 +119,7 @@ TEST_P(Cuda, EveryOpAgreesWithTheCpu) {
   const bool small = std::getenv("COIL_SMALL_SHAPES") != nullptr;  // under compute-sanitizer
   for (auto [name, shape] : shapes()) {
     const Piece& last = shape.pieces.back();
-    if (small && (last.begin + last.length) * std::max(shape.e, shape.v) > 3'000'000) continue;
+    if (small && (last.begin + last.length) * std::max(shape.e, shape.v) > 4'000'000) continue;
     shape.matrices = GetParam();
     const OpCases on_cpu(*cpu, shape), on_gpu(*gpu, shape);
     double worst = 0;
@@ -180,19 +183,28 @@ TEST_P(Cuda, SameBitsAThousandTimes) {
   }
 }
 
-// The states of a scan in one pass go from warp to warp; every repeat is looked at.
+// The states of a scan in one pass go from warp to warp; every repeat is looked at. What a
+// parameter's gradient adds up to is another one every time: those come last.
 TEST_P(Cuda, OnePassGivesTheSameBitsAThousandTimes) {
   OpShape shape{.d = 256, .e = 512, .n = 16, .pieces = together()};
   shape.matrices = GetParam();
   const OpCases all(*gpu, shape, "selective_scan");
   for (const OpCase& op : all.cases) {
-    if (op.name != "selective_scan") continue;
-    op.run(*gpu);
-    const auto first = values_of<float>(*gpu, op.outputs[0]);
-    for (int repeat = 0; repeat < 1000; ++repeat) {
+    const bool backward = op.name == "selective_scan backward";
+    if (op.name != "selective_scan" && !backward) continue;
+    const auto outputs = [&] {
       op.run(*gpu);
-      const auto again = values_of<float>(*gpu, op.outputs[0]);
-      ASSERT_EQ(std::memcmp(first.data(), again.data(), first.size() * sizeof(float)), 0) << repeat;
+      std::vector<std::vector<float>> found;
+      for (size_t i = 0; i < (backward ? 5 : 1); ++i)
+        found.push_back(values_of<float>(*gpu, op.outputs[i]));
+      return found;
+    };
+    const auto first = outputs();
+    for (int repeat = 0; repeat < 1000; ++repeat) {
+      const auto again = outputs();
+      for (size_t i = 0; i < first.size(); ++i)
+        ASSERT_EQ(std::memcmp(first[i].data(), again[i].data(), first[i].size() * sizeof(float)), 0)
+            << op.name << ", output " << i << ", repeat " << repeat;
     }
   }
 }
@@ -237,6 +249,50 @@ TEST_P(Cuda, CopiesFromTheHostArriveWhole) {
     const std::vector<float> found = values_of<float>(*gpu, *to);
     const float sign = to == &first ? 1 : -1;
     for (int64_t i = 0; i < count; ++i) ASSERT_EQ(found[i], sign * static_cast<float>(i));
+  }
+}
+
+// Words as frequent as in a text, some rows without one; runs that end in a chunk, beside and
+// beyond.
+TEST_P(Cuda, GradientOfAnEmbeddingOfWords) {
+  if (GetParam() != DType::f32) return;  // neither dy nor dtable is anything else
+  for (const auto& [t, v, d, words] : {std::tuple{5000, 50'280, 96, 50'280},
+                                       {5000, 50'280, 37, 50'280},
+                                       {3000, 1000, 64, 1},
+                                       {3001, 1000, 33, 3},
+                                       {16, 300, 8, 2},
+                                       {1, 300, 4, 1}}) {
+    std::mt19937 random(t);
+    std::uniform_real_distribution<float> draw(-1, 1), rank(0, 1);
+    std::vector<int32_t> ids(t);
+    for (int32_t& id : ids)
+      id = v - 1 - static_cast<int32_t>(std::pow(static_cast<float>(words), rank(random)) - 1);
+    if (t > 20) ids[7] = -1, ids[8] = v, ids[19] = std::numeric_limits<int32_t>::min();
+    std::vector<float> dy(t * d), before(v * d);
+    for (float& value : dy) value = draw(random);
+    for (float& value : before) value = draw(random);
+    std::vector<double> expected(before.begin(), before.end());
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < d && ids[i] >= 0 && ids[i] < v; ++j)
+        expected[ids[i] * d + j] += dy[i * d + j];
+    const Tensor here(*gpu, DType::i32, {t}), gradient(*gpu, DType::f32, {t, d + 4});
+    const Tensor dtable(*gpu, DType::f32, {v, d + 4});
+    gpu->copy(host_view(ids.data(), DType::i32, {t}), here);
+    gpu->copy(host_view(dy.data(), DType::f32, {t, d}), gradient.view().columns(4, d));
+    std::vector<float> first;
+    for (int repeat = 0; repeat < 2; ++repeat) {
+      gpu->fill(dtable, 5);
+      gpu->copy(host_view(before.data(), DType::f32, {v, d}), dtable.view().columns(4, d));
+      gpu->run(EmbedBackward{
+          .ids = here, .dy = gradient.view().columns(4, d), .dtable = dtable.view().columns(4, d)});
+      for (const float edge : values_of(*gpu, dtable.view().columns(0, 4))) ASSERT_EQ(edge, 5);
+      const std::vector<float> found = values_of(*gpu, dtable.view().columns(4, d));
+      ASSERT_TRUE(repeat == 0 || found == first);
+      first = found;
+    }
+    for (size_t i = 0; i < expected.size(); ++i)
+      ASSERT_NEAR(first[i], expected[i], 1e-5 * (1 + std::abs(expected[i])) + 2e-7 * t)
+          << t << ' ' << d << ' ' << words << ": " << i / d << ' ' << i % d;
   }
 }
 
@@ -367,6 +423,35 @@ TEST_F(CudaLarge, ConvolutionAndScan) {
                          .rows = &tail});
   // 3,000 steps on, the state has forgotten where it began.
   expect_same_tail(y, part, kTail - 3000, 4e-3);
+}
+
+TEST_F(CudaLarge, S4dScan) {
+  const int64_t d = kCols, n = 4;
+  const Tensor x = large(DType::bf16, d), C = small({d, n, 2}, 1), D = small({d}, 1);
+  const Tensor log_A_real = small({d, n}, 0.2f), A_imag = small({d, n}, 3);
+  const Tensor log_dt = small({d}, 0.2f, -3);
+  const Tensor y(*gpu, DType::bf16, {kRows, d}), part(*gpu, DType::bf16, {kTail, d});
+  const Rows all = Rows::equal(*gpu, 1, kRows), tail = Rows::equal(*gpu, 1, kTail);
+  S4dScan op{.x = x,
+             .log_A_real = log_A_real,
+             .A_imag = A_imag,
+             .C = C,
+             .log_dt = log_dt,
+             .D = D,
+             .y = y,
+             .rows = &all,
+             .gelu = true};
+  gpu->run(op);
+  op.x = x.view().slice(kRows - kTail, kTail);
+  op.y = part;
+  op.rows = &tail;
+  gpu->run(op);
+  expect_same_tail(y, part, kTail - 3000, 4e-3);
+
+  const Tensor gated(*gpu, DType::bf16, {kRows, d / 2}), last(*gpu, DType::bf16, {kTail, d / 2});
+  gpu->run(Glu{.x = y, .y = gated});
+  gpu->run(Glu{.x = y.view().slice(kRows - kTail, kTail), .y = last});
+  expect_same_tail(gated, last, kTail, 0);
 }
 
 TEST_F(CudaLarge, EmbedPoolAndLoss) {

@@ -362,6 +362,38 @@ TEST_P(DenseOps, SumSquaresIsTheSameForAnyThreads) {
   EXPECT_TRUE(std::isnan(out));
 }
 
+TEST_P(DenseOps, GluByComplexStep) {
+  for (const auto& [t, d] : {std::pair{1, 1}, {7, 19}, {600, 64}}) {
+    Field x(t, 2 * d, random), y(t, d), dy(t, d, random), dx(t, 2 * d);
+    backend->run(Glu{.x = x, .y = y});
+    backend->run(GluBackward{.x = x, .dy = dy, .dx = dx});
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < d; ++j) {
+        const double a = x.at(i, j), b = x.at(i, d + j), g = dy.at(i, j);
+        ASSERT_NEAR(y.at(i, j), reference::glu(a, b), 1e-6 * (1 + std::abs(a)));
+        const Complex step(0, reference::kStep);
+        ASSERT_NEAR(dx.at(i, j), g * reference::glu(a + step, Complex(b)).imag() / reference::kStep,
+                    1e-6 * (1 + std::abs(g)));
+        ASSERT_NEAR(dx.at(i, d + j),
+                    g * reference::glu(Complex(a), b + step).imag() / reference::kStep,
+                    1e-6 * (1 + std::abs(a * g)));
+      }
+    y.expect_intact("y");
+    dx.expect_intact("dx");
+    backend->run(GluBackward{.x = x, .dy = dy, .dx = x});
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < 2 * d; ++j) ASSERT_EQ(x.at(i, j), dx.at(i, j));
+  }
+  Field x(2, 6, random), y(2, 3);
+  x.at(0, 4) = kNan;
+  backend->run(Glu{.x = x, .y = y});
+  for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < 3; ++j) EXPECT_EQ(std::isnan(y.at(i, j)), i == 0 && j == 1);
+  Field narrow(2, 5, random);
+  EXPECT_EQ(message_of([&] { backend->run(Glu{.x = narrow, .y = y}); }),
+            "glu: x is (2, 5) f32, expected (2, 6) f32");
+}
+
 TEST_P(DenseOps, TenStepsOfAdamW) {
   // Tensors of several lengths, one in many blocks; the second is not decayed.
   struct Tensors {

@@ -12,13 +12,17 @@
 namespace coil {
 
 #ifdef COIL_TEST_CUDA
-inline std::unique_ptr<Backend> make_test_backend() { return make_cuda_backend(); }
+inline std::unique_ptr<Backend> make_test_backend(int64_t limit = kNoLimit) {
+  return make_cuda_backend(0, limit);
+}
 // How far apart two ways to the same answer may be. A GPU's powers of two are good to 2^-22.
 constexpr double kSameAnswer = 2e-5;
 #define COIL_NEEDS_TEST_DEVICE() \
   if (cuda_devices() == 0) GTEST_SKIP() << "no GPU"
 #else
-inline std::unique_ptr<Backend> make_test_backend() { return make_cpu_backend(); }
+inline std::unique_ptr<Backend> make_test_backend(int64_t limit = kNoLimit) {
+  return make_cpu_backend(0, limit);
+}
 constexpr double kSameAnswer = 1e-5;
 #define COIL_NEEDS_TEST_DEVICE()
 #endif

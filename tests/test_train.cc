@@ -156,6 +156,28 @@ TEST_F(Train, LearnsAMotifFromCsv) {
     EXPECT_NE(lines[2].find(word), std::string::npos) << word;
 }
 
+TEST_F(Train, LayersOfS4dLearnAndResumeExactly) {
+  TrainOptions options = small(gc_folders("data", 3000), "whole");
+  options.layers = 2;
+  options.mixers = "s4d,mamba1";
+  options.s4d_states = 4;
+  options.s4d_init = "inv";
+  options.min_length = 20;
+  options.max_length = 100;
+  options.metric = "loss";
+  EXPECT_EQ(run(options), 0);
+  const Config config = read_config(at("whole"));
+  EXPECT_EQ(mixer_names(config.layers), "s4d,mamba1");
+  EXPECT_EQ(config.s4d_states, 4);
+  EXPECT_GT(evaluate_on("whole", gc_folders("more", 2000)).metrics.accuracy, 0.7);
+  options.out = at("broken");
+  int calls = 0;
+  run(options, {.interrupted = [&] { return ++calls == 13 ? SIGINT : 0; }});
+  options.resume = true;
+  run(options);
+  EXPECT_EQ(bits("whole"), bits("broken"));
+}
+
 TEST_F(Train, LearnsClassesFromFolders) {
   TrainOptions options = small(gc_folders("data", 6000), "model");
   options.min_length = 50;

@@ -1,9 +1,6 @@
-// Memory of the CPU backend: blocks by size class, strided casting copies, fill.
-//
-// Blocks are kept after free(), since a fresh block of some MiB costs a page fault per 4 KiB. Size
-// classes are eighths of a power of two: at most 12.5 % of a block is unused. What is in use plus
-// what is kept never exceeds the most that was ever in use at once, plus an eighth and 16 MiB: the
-// oldest kept blocks go back first.
+// Memory of the CPU backend: where blocks come from (kernels/blocks.h), strided casting copies,
+// fill. What is in use plus what is kept never exceeds the most that was ever in use at once, plus
+// an eighth and 16 MiB.
 #include <omp.h>
 #include <sys/mman.h>
 
@@ -26,13 +23,6 @@ constexpr int64_t kKeptAlways = 16 << 20;  // bytes kept however little is in us
 constexpr int64_t kParallelBytes =
     256 << 10;                        // below this a copy or fill is not worth a parallel region
 constexpr int64_t kBlock = 16 << 10;  // elements of a row that one thread copies at a time
-
-// The smallest multiple of an eighth of a power of two that holds `bytes`.
-int64_t size_class(int64_t bytes) {
-  if (bytes <= 8 * kAlignment) return std::max(kAlignment, (bytes + 63) / 64 * 64);
-  const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes - 1))) / 8;
-  return (bytes + step - 1) / step * step;
-}
 
 // Blocks from half a large page on in pages of 2 MiB: prefetching stops at a page's end, and
 // decoding reads weights 1.4 times as fast (32 instead of 23 GB/s on one core of a Zen 4).
@@ -125,56 +115,14 @@ View flat(const View& view) { return view.reshape({view.count()}); }
 
 }  // namespace
 
-void* CpuBackend::alloc(int64_t bytes) {
-  const int64_t size = size_class(bytes);
-  const std::lock_guard lock(memory_mutex_);
-  void* data = nullptr;
-  if (auto kept = kept_.find(size); kept != kept_.end()) {
-    data = kept->second.back().data;
-    kept->second.pop_back();
-    if (kept->second.empty()) kept_.erase(kept);
-    kept_bytes_ -= size;
-  } else {
-    const int64_t most = std::max(most_in_use_, in_use_ + size);
-    while (kept_bytes_ > 0 && in_use_ + size + kept_bytes_ > most + most / 8 + kKeptAlways)
-      release_oldest();
-    data = allocate(size);
-    if (!data && !kept_.empty()) {
-      while (!kept_.empty()) release_oldest();
-      data = allocate(size);
-    }
-    check(data != nullptr, "out of memory: {} bytes asked for, {} in use", size, in_use_);
-    blocks_[data] = size;
-  }
-  in_use_ += size;
-  most_in_use_ = std::max(most_in_use_, in_use_);
-  return data;
-}
-
-void CpuBackend::free(void* data) {
-  if (!data) return;
-  const std::lock_guard lock(memory_mutex_);
-  const auto block = blocks_.find(data);
-  COIL_ASSERT(block != blocks_.end());
-  kept_[block->second].push_back({data, ++frees_});
-  kept_bytes_ += block->second;
-  in_use_ -= block->second;
-}
-
-void CpuBackend::release_oldest() {
-  auto oldest = kept_.begin();  // each class is in order of age
-  for (auto kept = kept_.begin(); kept != kept_.end(); ++kept)
-    if (kept->second.front().freed < oldest->second.front().freed) oldest = kept;
-  void* data = oldest->second.front().data;
-  kept_bytes_ -= oldest->first;
-  oldest->second.erase(oldest->second.begin());
-  if (oldest->second.empty()) kept_.erase(oldest);
-  blocks_.erase(data);
-  std::free(data);
-}
-
-void CpuBackend::release_memory() {
-  for (const auto& [data, size] : blocks_) std::free(data);
+Blocks::Device cpu_memory(int64_t limit) {
+  return {.name = "cpu",
+          .alignment = kAlignment,
+          .kept_share = 0.125,
+          .kept_always = kKeptAlways,
+          .limit = limit,
+          .allocate = allocate,
+          .release = [](void* data) { std::free(data); }};
 }
 
 void CpuBackend::copy(View from, View to) {
@@ -222,9 +170,9 @@ void CpuBackend::fill(View x, double value) {
   });
 }
 
-std::unique_ptr<Backend> make_cpu_backend(int threads) {
+std::unique_ptr<Backend> make_cpu_backend(int threads, int64_t limit) {
   check(threads >= 0, "threads: {}, expected 0 (all) or more", threads);
-  return std::make_unique<CpuBackend>(threads > 0 ? threads : omp_get_num_procs());
+  return std::make_unique<CpuBackend>(threads > 0 ? threads : omp_get_num_procs(), limit);
 }
 
 }  // namespace coil

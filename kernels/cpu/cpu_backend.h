@@ -2,11 +2,7 @@
 // OpenMP threads. One file per op beside this header.
 #pragma once
 
-#include <map>
 #include <memory>
-#include <mutex>
-#include <unordered_map>
-#include <vector>
 
 #include "kernels/ops.h"
 
@@ -15,15 +11,20 @@ namespace coil {
 // Steps that the scan walks with one block of channels.
 constexpr int64_t kScanBlock = scan_block(Device{});
 
+Blocks::Device cpu_memory(int64_t limit);  // backend.cc
+
 class CpuBackend final : public Backend {
  public:
-  explicit CpuBackend(int threads);
+  CpuBackend(int threads, int64_t limit);
   ~CpuBackend() override;
   Device device() const override { return {}; }
   int threads() const override { return threads_; }
 
-  void* alloc(int64_t bytes) override;
-  void free(void* data) override;
+  void* alloc(int64_t bytes) override { return blocks_.alloc(bytes); }
+  void free(void* data) override { blocks_.free(data); }
+  Memory memory() const override { return blocks_.memory(); }
+  void restart_peak() override { blocks_.restart_peak(); }
+  void release_kept() override { blocks_.release_kept(); }
   void copy(View from, View to) override;
   void fill(View x, double value) override;
   void sync() override {}
@@ -38,9 +39,14 @@ class CpuBackend final : public Backend {
   void run(const Conv1dBackward&) override;
   void run(const SelectiveScan&) override;
   void run(const SelectiveScanBackward&) override;
+  void run(const S4dScan&) override;
+  void run(const S4dScanBackward&) override;
+  void run(const Glu&) override;
+  void run(const GluBackward&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;
+  void run(const Sample&) override;
   void run(const SumSquares&) override;
   void run(const AdamW&) override;
 
@@ -49,16 +55,7 @@ class CpuBackend final : public Backend {
                     // destructor
   int threads_;
   std::unique_ptr<Products> products_;
-  std::mutex memory_mutex_;
-  struct Kept {
-    void* data;
-    int64_t freed;  // frees_ when it came back: its age
-  };
-  void release_oldest();
-  void release_memory();
-  std::unordered_map<void*, int64_t> blocks_;  // size class of every block handed out or kept
-  std::map<int64_t, std::vector<Kept>> kept_;  // by size class, oldest first
-  int64_t in_use_ = 0, most_in_use_ = 0, kept_bytes_ = 0, frees_ = 0;
+  Blocks blocks_;
 };
 
 }  // namespace coil

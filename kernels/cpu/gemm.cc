@@ -172,9 +172,10 @@ void CpuBackend::Products::run(const Gemm& op, View a) {
   stream.wait();
 }
 
-CpuBackend::CpuBackend(int threads) : threads_(threads), products_(std::make_unique<Products>()) {}
+CpuBackend::CpuBackend(int threads, int64_t limit)
+    : threads_(threads), products_(std::make_unique<Products>()), blocks_(cpu_memory(limit)) {}
 
-CpuBackend::~CpuBackend() { release_memory(); }
+CpuBackend::~CpuBackend() = default;
 
 void CpuBackend::run(const Gemm& op) {
   expect_rank("gemm", "c", op.c, 2);

@@ -170,6 +170,28 @@ HWY_INLINE V softplus(D d, V x, V& slope) {
   return log1p_plus(d, u, at_least(d, 0.0f, x));
 }
 
+// x Phi(x), Phi the normal distribution, and its derivative: GELU (Hendrycks and Gimpel 2016) by
+// Abramowitz and Stegun's 7.1.26 for erfc, whose error of 1.5e-7 is half that of Phi.
+template <class D, class V>
+HWY_INLINE V gelu(D d, V x, V* slope = nullptr) {
+  const V one = hn::Set(d, 1.0f), most = hn::Set(d, 12.0f);  // beyond, nothing is left
+  V size = hn::Abs(x);
+  size = hn::IfThenElse(hn::Gt(size, most), most, size);  // NaN stays
+  const V t = reciprocal(d, hn::MulAdd(size, hn::Set(d, 0.2316418989f), one));
+  V p = hn::MulAdd(hn::Set(d, 0.5307027145f), t, hn::Set(d, -0.7265760135f));
+  p = hn::MulAdd(p, t, hn::Set(d, 0.7107068705f));
+  p = hn::MulAdd(p, t, hn::Set(d, -0.142248368f));
+  p = hn::MulAdd(p, t, hn::Set(d, 0.127414796f));
+  const V density = exp(d, hn::Mul(hn::Mul(size, size), hn::Set(d, -0.5f)));
+  const V tail = hn::Mul(hn::Mul(p, t), density);
+  const V below = hn::IfThenElse(hn::Lt(x, hn::Zero(d)), tail, hn::Sub(one, tail));
+  if (slope) {
+    const V bounded = hn::CopySign(size, x);
+    *slope = hn::MulAdd(hn::Mul(bounded, density), hn::Set(d, 0.3989422804f), below);
+  }
+  return hn::Mul(x, below);
+}
+
 // The first `valid` elements from `from`, the rest 0; nothing past them is touched on any target.
 template <class D>
 HWY_INLINE hn::Vec<D> load_part(D d, const float* from, size_t valid) {

@@ -4,7 +4,7 @@
 
 namespace coil {
 
-std::unique_ptr<Backend> make_cuda_backend(int index) {
+std::unique_ptr<Backend> make_cuda_backend(int index, int64_t /* limit */) {
   throw Error(fmt::format("cuda:{}: this coil was built without CUDA", index),
               "use --device cpu, or build with -DCOIL_CUDA=ON where nvcc is");
 }

@@ -1,11 +1,6 @@
-// Memory of the CUDA backend: blocks by size class, strided casting copies within the device and
-// across, fill; host memory that the card reads and writes by itself.
-//
-// Blocks are kept after free(): a cudaMalloc waits for the device, and a captured graph needs its
-// addresses again. Size classes are eighths of a power of two. Where the card is full, kept blocks
-// go back first.
+// Memory of the CUDA backend: where blocks come from (kernels/blocks.h), strided casting copies
+// within the device and across, fill; host memory that the card reads and writes by itself.
 #include <algorithm>
-#include <bit>
 #include <cstring>
 
 #include "kernels/cuda/device.cuh"
@@ -16,17 +11,12 @@ namespace {
 using cuda::bf16;
 using cuda::check_call;
 
-constexpr int64_t kAlignment = 256;
+// Kept beyond the most in use: as much again, since cudaFree waits for the device and batches of
+// many shapes need blocks of many sizes. Where the card is full they go back all the same.
+constexpr double kKeptShare = 1;
+constexpr int64_t kKeptAlways = 256 << 20;
 constexpr int64_t kHalf = 4 << 20;  // bytes of staging: some steps of training
 constexpr int kThreads = 256;
-
-int64_t size_class(int64_t bytes) {
-  if (bytes <= 8 * kAlignment) return std::max(kAlignment, (bytes + 255) / 256 * 256);
-  const int64_t step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(bytes - 1))) / 8;
-  return (bytes + step - 1) / step * step;
-}
-
-std::string gigabytes(int64_t bytes) { return fmt::format("{:.2f} GB", bytes * 1e-9); }
 
 // A view as elements counted row-major: what a thread needs to find element i.
 struct Layout {
@@ -119,7 +109,7 @@ int cuda_devices() {
   return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }
 
-std::unique_ptr<Backend> make_cuda_backend(int index) {
+std::unique_ptr<Backend> make_cuda_backend(int index, int64_t limit) {
   int count = 0;
   const cudaError_t status = cudaGetDeviceCount(&count);
   if (status != cudaSuccess)
@@ -127,54 +117,33 @@ std::unique_ptr<Backend> make_cuda_backend(int index) {
   if (index < 0 || index >= count)
     throw Error(fmt::format("cuda:{}: no such GPU, this machine has {}", index, count),
                 "nvidia-smi lists them");
-  return std::make_unique<CudaBackend>(index);
+  return std::make_unique<CudaBackend>(index, limit);
 }
 
-void CudaBackend::release_kept() {
-  for (const auto& [size, blocks] : kept_)
-    for (void* data : blocks) {
-      blocks_.erase(data);
-      cudaFree(data);
-    }
-  kept_.clear();
-}
-
-void* CudaBackend::alloc(int64_t bytes) {
-  const int64_t size = size_class(bytes);
-  void* data = nullptr;
-  if (const auto kept = kept_.find(size); kept != kept_.end()) {
-    data = kept->second.back();
-    kept->second.pop_back();
-    if (kept->second.empty()) kept_.erase(kept);
-  } else {
-    cudaError_t status = cudaMalloc(&data, size);
-    if (status == cudaErrorMemoryAllocation && !kept_.empty()) {
-      cudaGetLastError();
-      release_kept();
-      status = cudaMalloc(&data, size);
-    }
-    if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();
-      size_t free = 0, total = 0;
-      cudaMemGetInfo(&free, &total);
-      throw Error(
-          fmt::format("cuda:{}: out of memory: {} asked for, {} free of {}, {} in use here", index_,
-                      gigabytes(size), gigabytes(free), gigabytes(total), gigabytes(in_use_)),
-          "a smaller --batch or --chunk needs less; coil info MODEL --length … plans memory");
-    }
-    check_call(status, "cudaMalloc");
-    blocks_[data] = size;
-  }
-  in_use_ += size;
-  return data;
-}
-
-void CudaBackend::free(void* data) {
-  if (!data) return;
-  const auto block = blocks_.find(data);
-  COIL_ASSERT(block != blocks_.end());
-  kept_[block->second].push_back(data);
-  in_use_ -= block->second;
+Blocks::Device cuda_memory(int index, int64_t limit) {
+  return {.name = fmt::format("cuda:{}", index),
+          .alignment = kDeviceAlignment,
+          .kept_share = kKeptShare,
+          .kept_always = kKeptAlways,
+          .limit = limit,
+          .allocate = [](int64_t size) -> void* {
+            void* data = nullptr;
+            const cudaError_t status = cudaMalloc(&data, size);
+            if (status == cudaErrorMemoryAllocation) {
+              cudaGetLastError();
+              return nullptr;
+            }
+            check_call(status, "cudaMalloc");
+            return data;
+          },
+          .release = [](void* data) { cudaFree(data); },
+          .look =
+              [](Memory& memory) {
+                size_t free = 0, total = 0;
+                if (cudaMemGetInfo(&free, &total) != cudaSuccess) return;
+                memory.free = static_cast<int64_t>(free);
+                memory.total = static_cast<int64_t>(total);
+              }};
 }
 
 void CudaBackend::copy(View from, View to) {
@@ -268,7 +237,7 @@ void CudaBackend::upload(const void* from, void* to, int64_t bytes) {
 }
 
 void* CudaBackend::alloc_host(int64_t bytes) {
-  const int64_t size = size_class(bytes);
+  const int64_t size = size_class(bytes, kDeviceAlignment);
   void* data = nullptr;
   if (const auto kept = host_kept_.find(size); kept != host_kept_.end() && !kept->second.empty()) {
     data = kept->second.back();
@@ -296,8 +265,7 @@ void CudaBackend::wait(int64_t mark) {
   check_call(cudaEventSynchronize(marks_[mark % kMarks]), "cuda");
 }
 
-void CudaBackend::release_memory() {
-  for (const auto& [data, size] : blocks_) cudaFree(data);
+void CudaBackend::release_host_memory() {
   for (const auto& [data, size] : host_blocks_) cudaFreeHost(data);
   if (staging_.data) cudaFreeHost(staging_.data);
   for (cudaEvent_t event : staging_.read)

@@ -15,16 +15,21 @@
 
 namespace coil {
 
+Blocks::Device cuda_memory(int index, int64_t limit);  // backend.cu
+
 class CudaBackend final : public Backend {
  public:
-  explicit CudaBackend(int index);
+  CudaBackend(int index, int64_t limit);
   ~CudaBackend() override;
   Device device() const override { return {Device::Kind::cuda, index_}; }
   int threads() const override { return 1; }
   DType activations(DType matrices) const override { return matrices; }
 
-  void* alloc(int64_t bytes) override;
-  void free(void* data) override;
+  void* alloc(int64_t bytes) override { return blocks_.alloc(bytes); }
+  void free(void* data) override { blocks_.free(data); }
+  Memory memory() const override { return blocks_.memory(); }
+  void restart_peak() override { blocks_.restart_peak(); }
+  void release_kept() override { blocks_.release_kept(); }
   void copy(View from, View to) override;
   void fill(View x, double value) override;
   void sync() override;
@@ -44,10 +49,15 @@ class CudaBackend final : public Backend {
   void run(const Conv1dBackward&) override;
   void run(const SelectiveScan&) override;
   void run(const SelectiveScanBackward&) override;
+  void run(const S4dScan&) override;
+  void run(const S4dScanBackward&) override;
+  void run(const Glu&) override;
+  void run(const GluBackward&) override;
   bool try_run(const MambaStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;
+  void run(const Sample&) override;
   void run(const SumSquares&) override;
   void run(const AdamW&) override;
 
@@ -56,15 +66,12 @@ class CudaBackend final : public Backend {
 
  private:
   struct Products;  // cuBLASLt: gemm.cu
-  void release_kept();
-  void release_memory();
+  void release_host_memory();
   void upload(const void* from, void* to, int64_t bytes);
   int index_, processors_ = 0;
+  Blocks blocks_;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<Products, void (*)(Products*)> products_;
-  std::unordered_map<void*, int64_t> blocks_;   // size class of every block handed out or kept
-  std::map<int64_t, std::vector<void*>> kept_;  // by size class
-  int64_t in_use_ = 0;
   unsigned* step_barriers_ = nullptr;  // of mamba_step.cu: zero between launches
 
   // Host memory that the card reads by itself: bytes on their way there, one half filled while the
@@ -75,7 +82,7 @@ class CudaBackend final : public Backend {
     int64_t filled = 0;        // bytes of this half
     cudaEvent_t read[2] = {};  // all that was sent from a half has arrived
   } staging_;
-  std::unordered_map<void*, int64_t> host_blocks_;  // of alloc_host, as above
+  std::unordered_map<void*, int64_t> host_blocks_;  // of alloc_host: size classes
   std::map<int64_t, std::vector<void*>> host_kept_;
   static constexpr int kMarks = 16;
   cudaEvent_t marks_[kMarks] = {};  // the last ones, in turn

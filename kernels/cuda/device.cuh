@@ -21,6 +21,8 @@ namespace coil::cuda {
 using bf16 = __nv_bfloat16;
 
 inline void check_call(cudaError_t status, const char* what) {
+  if (status == cudaErrorMemoryAllocation)  // kernels are loaded when first used
+    throw OutOfMemory(fmt::format("{}: out of memory on the GPU", what));
   coil::check(status == cudaSuccess, "{}: {}", what, cudaGetErrorString(status));
 }
 // After each launch: a refused launch is an error of the op that made it.

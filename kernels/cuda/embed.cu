@@ -8,12 +8,19 @@
 //   * a small table (DNA, bytes of sound): a block keeps a table of kColumns columns in shared
 //     memory, each column belongs to one thread, which adds its share of the rows in order; then
 //     the tables of all shares are added in order.
-//   * a large one: a warp for each id looks through all ids and adds the rows it finds. Looking
-//     takes v * t / 32 steps of a warp: this is for a vocabulary of words, not for long sequences.
+//   * a large one: the rows are sorted by id (a radix sort keeps the order of equals) and cut into
+//     chunks of equal size, so that a frequent word is many warps' work; what a chunk has of a run
+//     that goes beyond it is kept apart and added in order. dy is read once, a row of dtable that
+//     occurs is read and written: 50 MB of the former at 16,384 tokens of 768, up to 100 MB of the
+//     latter, 17 to 50 us at 3 TB/s, and about 20 us for the launches of the sort. (Estimates for
+//     an H100.)
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cub/device/device_radix_sort.cuh>
 
 #include "kernels/cuda/sum_rows.cuh"
+#include "kernels/cuda/words.cuh"
 
 namespace coil {
 namespace {
@@ -22,13 +29,13 @@ using cuda::bf16;
 using cuda::div_up;
 using cuda::expect_here;
 using cuda::to_float;
+using cuda::Words;
 
 constexpr int kThreads = 256;
 constexpr int kWide = 4;                    // elements moved at once
 constexpr int64_t kSharedFloats = 8 << 10;  // of a block's small table: six blocks and more fit
 constexpr int64_t kColumns = 128, kFewest = 32;  // columns of a small table
 constexpr int kAhead = 8;                        // rows asked for while as many are added
-constexpr int64_t kSlice = 512;                  // columns of dtable that a warp takes at once
 
 template <int kWidth, class T>
 __device__ void copy_word(const T* from, float* to) {
@@ -98,53 +105,124 @@ __global__ void small_table_kernel(const int32_t* ids, const float* dy, int64_t 
     partial[(blockIdx.x * v + id) * d + column] = sums[id * columns];
 }
 
-// A warp for each id and kSlice columns. The columns go round the lanes, kWidth at a time.
+// A row of dy by its id: id << 32 | row, id v where there is none. Sorted by id, rows stay in
+// order.
+__global__ void __launch_bounds__(kThreads)
+    places_kernel(const int32_t* ids, int64_t t, int64_t v, uint64_t* places) {
+  const int64_t row = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (row >= t) return;
+  const int64_t id = ids[row];
+  places[row] = static_cast<uint64_t>(id < 0 || id >= v ? v : id) << 32 | row;
+}
+
+struct Sorted {
+  const uint64_t* places;  // (t)
+  int64_t t, v, d, chunk;  // rows that a warp adds
+  float* dtable;           // (v,d)
+  int64_t dtable_stride;
+  float* partial;  // (chunks, 2, d)
+
+  __device__ int64_t id(int64_t place) const {
+    return static_cast<int64_t>(__ldg(places + place) >> 32);
+  }
+  // Whether the run of one id that holds this place holds the one before it too.
+  __device__ bool goes_on(int64_t place) const {
+    return place > 0 && place < t && id(place - 1) == id(place);
+  }
+  template <int kWidth>
+  __device__ void add(int64_t to, int64_t column, const float (&sums)[kWidth]) const {
+    if (to == v) return;
+    float* const row = dtable + to * dtable_stride + column;
+    Words<float, kWidth> words;
+    words.load(row);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) words.set(k, words.at(k) + sums[k]);
+    words.store(row);
+  }
+};
+
+// A warp for each chunk of the sorted rows and 32 * kWidth columns. A run of one id that lies
+// within the chunk is added to dtable. partial[chunk][0]: the sum of the run that comes from the
+// chunk before, [1]: of one that begins here and goes on.
 template <int kWidth>
 __global__ void __launch_bounds__(kThreads)
-    large_table_kernel(const int32_t* ids, const float* dy, int64_t dy_stride, int64_t t, int64_t v,
-                       int64_t d, float* dtable, int64_t dtable_stride) {
-  constexpr int kWords = kSlice / 32 / kWidth;
-  const int lane = threadIdx.x % 32;
-  const int64_t id = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
-  if (id >= v) return;
-  const int64_t first = blockIdx.y * kSlice + lane * kWidth;
-  float sums[kWords][kWidth] = {};
-  bool found = false;
-  for (int64_t begin = 0; begin < t; begin += 32 * kAhead) {
-    int32_t some[kAhead];
+    sorted_rows_kernel(const Sorted op, const float* dy, int64_t dy_stride) {
+  const int64_t chunk = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
+  const int64_t begin = chunk * op.chunk, end = min(begin + op.chunk, op.t);
+  const int64_t column = (blockIdx.y * 32 + threadIdx.x % 32) * static_cast<int64_t>(kWidth);
+  if (begin >= op.t || column >= op.d) return;
+  float* const partial = op.partial + chunk * 2 * op.d + column;
+  int64_t open = op.id(begin);  // the run that is being added
+  bool before = op.goes_on(begin);
+  float sums[kWidth] = {};
+  const auto keep = [&](float* to) {
+    Words<float, kWidth> words;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) words.set(k, sums[k]);
+    words.store(to);
+  };
+  for (int64_t at = begin; at < end; at += kAhead) {
+    int64_t id[kAhead];
+    Words<float, kWidth> words[kAhead];
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      const int64_t row = begin + a * 32 + lane;
-      some[a] = row < t ? __ldg(ids + row) : -1;
+      if (at + a >= end) break;
+      const uint64_t place = __ldg(op.places + at + a);
+      id[a] = static_cast<int64_t>(place >> 32);
+      words[a].load_constant(dy + static_cast<int64_t>(place & 0xffffffffu) * dy_stride + column);
     }
 #pragma unroll
     for (int a = 0; a < kAhead; ++a) {
-      unsigned hits = __ballot_sync(~0u, some[a] == id);
-      while (hits != 0) {
-        const int64_t row = begin + a * 32 + __ffs(static_cast<int>(hits)) - 1;
-        hits &= hits - 1;
-        found = true;
-        const float* const from = dy + row * dy_stride;
+      if (at + a >= end) break;
+      if (id[a] != open) {
+        if (before)
+          keep(partial);
+        else
+          op.add(open, column, sums);
+        open = id[a];
+        before = false;
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          const int64_t column = first + w * 32 * kWidth;
-          if (column >= d) break;
-          float word[kWidth];
-          copy_word<kWidth>(from + column, word);
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) sums[w][k] += word[k];
-        }
+        for (int k = 0; k < kWidth; ++k) sums[k] = 0;
       }
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) sums[k] += words[a].at(k);
     }
   }
-  if (!found) return;
+  if (before)
+    keep(partial);
+  else if (op.goes_on(end))
+    keep(partial + op.d);
+  else
+    op.add(open, column, sums);
+}
+
+// Adds up the runs that lie in several chunks: a warp for each chunk in which one may begin.
+template <int kWidth>
+__global__ void __launch_bounds__(kThreads) long_runs_kernel(const Sorted op, int64_t chunks) {
+  const int lane = threadIdx.x % 32;
+  const int64_t chunk = blockIdx.x * static_cast<int64_t>(kThreads / 32) + threadIdx.x / 32;
+  const int64_t begin = chunk * op.chunk, end = begin + op.chunk;
+  if (end >= op.t || !op.goes_on(end)) return;
+  const int64_t id = op.id(end);
+  if (op.goes_on(begin) && op.id(begin) == id) return;  // began further up
+  int64_t more = 0;                                     // chunks
+  for (unsigned same = ~0u; same == ~0u;) {
+    const int64_t next = chunk + 1 + more + lane;
+    same = __ballot_sync(~0u, next < chunks && op.id(next * op.chunk) == id);
+    more += same == ~0u ? 32 : __ffs(static_cast<int>(~same)) - 1;
+  }
+  const int64_t column = (blockIdx.y * 32 + lane) * static_cast<int64_t>(kWidth);
+  if (column >= op.d) return;
+  const float* const partial = op.partial + chunk * 2 * op.d + column;
+  float sums[kWidth] = {};
+#pragma unroll 8
+  for (int64_t i = 0; i <= more; ++i) {
+    Words<float, kWidth> word;
+    word.load_constant(partial + (i == 0 ? op.d : i * 2 * op.d));
 #pragma unroll
-  for (int w = 0; w < kWords; ++w)
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const int64_t column = first + w * 32 * kWidth + k;
-      if (column < d) dtable[id * dtable_stride + column] += sums[w][k];
-    }
+    for (int k = 0; k < kWidth; ++k) sums[k] += word.at(k);
+  }
+  op.add(id, column, sums);
 }
 
 bool aligned(const View& view) {
@@ -216,15 +294,46 @@ void CudaBackend::run(const EmbedBackward& op) {
     cuda::add_partials(name, partial.as<float>(), shares, op.dtable, stream_);
     return;
   }
-  const int64_t slices = div_up(d, kSlice);
-  check(slices <= 65535, "{}: {} columns, expected less than 2^25", name, d);
-  const dim3 grid(static_cast<unsigned>(div_up(v, kThreads / 32)), static_cast<unsigned>(slices));
-  const auto run = [&](auto width) {
-    large_table_kernel<width()>
-        <<<grid, kThreads, 0, stream_>>>(ids, op.dy.as<float>(), op.dy.stride[0], t, v, d,
-                                         op.dtable.as<float>(), op.dtable.stride[0]);
+  check(t < int64_t{1} << 31, "{}: {} rows, expected less than 2^31", name, t);
+  const bool wide = d % kWide == 0 && aligned(op.dy) && aligned(op.dtable);
+  const int64_t slices = div_up(d, 32 * (wide ? kWide : 1));
+  check(slices <= 65535, "{}: {} columns, expected less than 2^21", name, d);
+  const int64_t places = t * static_cast<int64_t>(sizeof(uint64_t));
+  const Tensor unsorted(*this, DType::u8, {places}), sorted(*this, DType::u8, {places});
+  places_kernel<<<static_cast<unsigned>(div_up(t, kThreads)), kThreads, 0, stream_>>>(
+      ids, t, v, unsorted.as<uint64_t>());
+  cuda::check_launch(name);
+  size_t bytes = 0;
+  const auto sort = [&](void* work) {
+    cuda::check_call(
+        cub::DeviceRadixSort::SortKeys(work, bytes, unsorted.as<uint64_t>(), sorted.as<uint64_t>(),
+                                       static_cast<int>(t), 32,
+                                       32 + std::bit_width(static_cast<uint64_t>(v)), stream_),
+        name);
   };
-  if (d % kWide == 0 && aligned(op.dy))
+  sort(nullptr);  // says how much it needs
+  const Tensor work(*this, DType::u8, {std::max<int64_t>(1, static_cast<int64_t>(bytes))});
+  sort(work.view().data);
+  // 16 warps a multiprocessor.
+  const int64_t chunk = std::max<int64_t>(16, div_up(t * slices, int64_t{16} * processors_));
+  const int64_t chunks = div_up(t, chunk);
+  const Tensor partial(*this, DType::f32, {chunks, 2, d});
+  const Sorted operands{.places = sorted.as<uint64_t>(),
+                        .t = t,
+                        .v = v,
+                        .d = d,
+                        .chunk = chunk,
+                        .dtable = op.dtable.as<float>(),
+                        .dtable_stride = op.dtable.stride[0],
+                        .partial = partial.as<float>()};
+  const dim3 grid(static_cast<unsigned>(div_up(chunks, kThreads / 32)),
+                  static_cast<unsigned>(slices));
+  const auto run = [&](auto width) {
+    sorted_rows_kernel<width()>
+        <<<grid, kThreads, 0, stream_>>>(operands, op.dy.as<float>(), op.dy.stride[0]);
+    long_runs_kernel<width()><<<grid, kThreads, 0, stream_>>>(operands, chunks);
+  };
+  if (wide)
     run(std::integral_constant<int, kWide>{});
   else
     run(std::integral_constant<int, 1>{});

@@ -17,7 +17,6 @@ namespace {
 
 using cuda::bf16;
 
-constexpr int64_t kWorkspace = 32 << 20;  // bytes; what NVIDIA advises for Hopper
 constexpr int kTile = 16;
 constexpr int kThreads = 256;
 
@@ -57,6 +56,8 @@ struct Library {
 };
 
 void check_blas(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_ALLOC_FAILED)  // its kernels are loaded when first used
+    throw OutOfMemory(fmt::format("gemm: {}: out of memory on the GPU", what));
   check(status == CUBLAS_STATUS_SUCCESS, "gemm: {} gave cuBLAS status {}", what,
         static_cast<int>(status));
 }
@@ -121,16 +122,12 @@ struct CudaBackend::Products {
   };
   const Library library;
   cublasLtHandle_t handle = nullptr;
-  void* workspace = nullptr;
+  void* workspace = nullptr;  // kDeviceWorkspace bytes, of the backend's blocks
   std::map<Key, Algorithm> algorithms;
 
-  Products() {
-    check_blas(library.create(&handle), "cublasLtCreate");
-    cuda::check_call(cudaMalloc(&workspace, kWorkspace), "gemm: workspace");
-  }
+  Products() { check_blas(library.create(&handle), "cublasLtCreate"); }
   ~Products() {
     if (handle) library.destroy(handle);
-    cudaFree(workspace);
   }
 
   // False: cuBLASLt has nothing for it.
@@ -169,7 +166,7 @@ bool CudaBackend::Products::run(const Gemm& op, float beta, int64_t m, int64_t n
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t what, auto value) {
       check_blas(library.preference_set(&preference, what, &value, sizeof value), "a preference");
     };
-    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(kWorkspace));
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(kDeviceWorkspace));
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
            static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
     prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, alignments[0]);
@@ -186,19 +183,22 @@ bool CudaBackend::Products::run(const Gemm& op, float beta, int64_t m, int64_t n
   if (!place->second.found) return false;
   check_blas(
       library.matmul(handle, &desc, &op.alpha, op.b.data, &a, op.a.data, &b, &beta, op.c.data, &c,
-                     op.c.data, &c, &place->second.algorithm, workspace, kWorkspace, stream),
+                     op.c.data, &c, &place->second.algorithm, workspace, kDeviceWorkspace, stream),
       "a product");
   return true;
 }
 
-CudaBackend::CudaBackend(int index)
-    : index_(index), products_(nullptr, [](Products* products) { delete products; }) {
+CudaBackend::CudaBackend(int index, int64_t limit)
+    : index_(index),
+      blocks_(cuda_memory(index, limit)),
+      products_(nullptr, [](Products* products) { delete products; }) {
   cuda::check_call(cudaSetDevice(index), "cuda");
   cuda::check_call(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index),
                    "cuda");
   cuda::check_call(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cuda");
   try {
     products_.reset(new Products);
+    products_->workspace = alloc(kDeviceWorkspace);
   } catch (...) {
     cudaStreamDestroy(stream_);
     throw;
@@ -207,7 +207,7 @@ CudaBackend::CudaBackend(int index)
 
 CudaBackend::~CudaBackend() {
   cudaStreamSynchronize(stream_);
-  release_memory();
+  release_host_memory();
   cudaStreamDestroy(stream_);
 }
 

@@ -261,6 +261,12 @@ inline bool in_words(const View& view) {
          view.cols() % word == 0;
 }
 
+// Whether rows of B or C can be read four states at a time.
+inline bool in_fours(const View& view) {
+  return reinterpret_cast<uintptr_t>(view.data) % (4 * size_of(view.dtype)) == 0 &&
+         view.stride[0] % 4 == 0;
+}
+
 template <class Op>
 void check_scan(const char* name, const CudaBackend& backend, const Op& op) {
   coil::check(op.rows != nullptr, "{}: rows are missing", name);

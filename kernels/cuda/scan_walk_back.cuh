@@ -51,7 +51,7 @@ struct ScanBack : ScanOperands<T> {
   float* partial_A;   // (tiles, kStates, e)
   float* partial_D;   // (tiles, 2, e): dD | ddt_bias
   float* between;     // (3, t, e): y before the gate, dx, ddelta of the groups so far; or null
-  int64_t t;
+  int64_t t, planes;  // rows; blocks of channels in partial_BC
 
   __device__ bool is_last_group() const { return (this->group + 1) * kStates >= this->n; }
   __device__ float* dstate_at(int32_t slot, int64_t channel) const {

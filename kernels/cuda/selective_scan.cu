@@ -251,10 +251,7 @@ void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
 bool in_wave(const SelectiveScan& op, int processors) {
   const int64_t e = op.x.cols();
   if (op.A_log.cols() != kStates || !op.z || op.sum_dt || e % 32 != 0) return false;
-  for (const View& view : {op.B, op.C})
-    if (reinterpret_cast<uintptr_t>(view.data) % (4 * size_of(view.dtype)) != 0 ||
-        view.stride[0] % 4 != 0)
-      return false;
+  if (!in_fours(op.B) || !in_fours(op.C)) return false;
   int64_t longest = 1;
   for (const Piece& piece : op.rows->pieces()) longest = std::max(longest, piece.length);
   return longest > 1 && op.rows->total() * e >= 40 * int64_t{processors} * longest;

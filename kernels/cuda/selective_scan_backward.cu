@@ -14,7 +14,7 @@
 //
 // Limit: issue slots (see selective_scan.cu), 161 a channel's step in the local kernel and 462 in
 // the walk. H100: 4.86 ms for 131,072 steps of 1,536 channels, 810 slots, 77 % of it.
-#include "kernels/cuda/scan_walk_back.cuh"
+#include "kernels/cuda/scan_wave_back.cuh"
 
 namespace coil {
 namespace {
@@ -142,10 +142,9 @@ __global__ void __launch_bounds__(kThreads)
   const int k = static_cast<int>(index % (2 * kStates)), i = k % kStates;
   const int64_t row = index / (2 * kStates);
   if (row >= op.t || i >= op.states()) return;
-  const int64_t blocks = (op.e + kThreads - 1) / kThreads;
   float sum = 0;
 #pragma unroll 8
-  for (int64_t b = 0; b < blocks; ++b) sum += op.partial_BC[(b * op.t + row) * 2 * kStates + k];
+  for (int64_t b = 0; b < op.planes; ++b) sum += op.partial_BC[(b * op.t + row) * 2 * kStates + k];
   T* const to = k < kStates ? dB + row * dB_stride : dC + row * dC_stride;
   to[op.group * kStates + i] = from_float<T>(sum);
 }
@@ -217,6 +216,44 @@ void launch_walk(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
   backward_kernel<T, kWords, kRare><<<grid, kThreads, kBytes, stream>>>(scan);
   check_launch("selective_scan backward");
 }
+template <class T>
+void launch_wave(const ScanBack<T>& scan, int groups, cudaStream_t stream) {
+  constexpr int kBytes = sizeof(WaveBack<T>);
+  allow_shared(wave_back_kernel<T>, kBytes);
+  const dim3 grid(static_cast<unsigned>(scan.pieces_count), static_cast<unsigned>(scan.planes));
+  wave_back_kernel<T><<<grid, kBackWarps * 32, kBytes, stream>>>(scan, groups);
+  check_launch("selective_scan backward");
+}
+
+// Of how many times 32 channels a block takes one piece in one pass (scan_wave_back.cuh), one block
+// on a multiprocessor; 0 where chunks of time are faster, or blocks find no room on this card.
+int wave_groups(const SelectiveScanBackward& op, int processors, int device) {
+  const int64_t all = op.x.cols() / 32;
+  if (op.A_log.cols() != kStates || !op.z || op.x.cols() % 32 != 0) return 0;
+  for (const View& view : {op.x, op.dt, op.dy, op.z, op.dx, op.ddt, op.dz})
+    if (!in_words(view)) return 0;
+  if (!in_fours(op.B) || !in_fours(op.C)) return 0;
+  int shared = 0;
+  check_call(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory");
+  if (shared < static_cast<int>(sizeof(WaveBack<float>))) return 0;
+  int64_t longest = 1, rounds = 0;  // of the warps
+  for (const Piece& piece : op.rows->pieces()) {
+    const int64_t own = div_up(piece.length, kBackWarps * kScanSteps);
+    longest = std::max(longest, own);
+    rounds += own;
+  }
+  int64_t best = 0, best_cost = 0;
+  for (int64_t groups = 1; groups <= all; ++groups) {
+    const int64_t blocks = op.rows->pieces().size() * div_up(all, groups);
+    const int64_t cost = std::min(div_up(blocks, processors) * groups * longest,
+                                  rounds * all / processors + groups * longest);
+    if (best == 0 || cost <= best_cost) best = groups, best_cost = cost;
+  }
+  // Chunks walk each step twice: 161 issue slots beside 462, and two more kernels.
+  const double steps = static_cast<double>(op.rows->total() * all) / processors;
+  return best_cost * kBackWarps * kScanSteps < 1.3 * steps ? static_cast<int>(best) : 0;
+}
 
 }  // namespace
 
@@ -244,15 +281,17 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
   if (op.dstate) check_scan_state(name, "dstate", *this, op.dstate, *op.rows, e, n);
   if (t == 0 || e == 0 || n == 0) return;
 
-  const int64_t blocks = div_up(e, kThreads);
+  const int groups = wave_groups(op, processors_, index_);
+  const int64_t planes = groups > 0 ? div_up(e, groups * 32) : div_up(e, kThreads);
   // Three waves of the walk, one of the local kernel, whose blocks are twice as wide.
-  const int64_t length = tile_length(*op.rows, blocks, 2 * kLocalBlocks * int64_t{processors_});
+  const int64_t length = tile_length(*op.rows, planes, 2 * kLocalBlocks * int64_t{processors_});
   const Rows::Tiles& tiles = op.rows->tiles(length);
-  const bool chunked = tiles.count > pieces;
+  const bool chunked = groups == 0 && tiles.count > pieces;
+  const int64_t parts = groups > 0 ? pieces * kBackWarps : tiles.count;  // of partial_A
   const bool words = in_words(op.x) && in_words(op.dt) && in_words(op.dy) && in_words(op.z);
-  const Tensor partial_BC(*this, DType::f32, {blocks, t, 2 * kStates});
-  const Tensor partial_A(*this, DType::f32, {tiles.count, kStates, e});
-  const Tensor partial_D(*this, DType::f32, {tiles.count, 2, e});
+  const Tensor partial_BC(*this, DType::f32, {planes, t, 2 * kStates});
+  const Tensor partial_A(*this, DType::f32, {parts, kStates, e});
+  const Tensor partial_D(*this, DType::f32, {parts, 2, e});
   Tensor carry, sums, dinitial, between;
   if (chunked) {
     carry = Tensor(*this, DType::f32, {tiles.count, kStates, e});
@@ -285,6 +324,7 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
     scan.partial_D = partial_D.as<float>();
     scan.between = between.as<float>();
     scan.t = t;
+    scan.planes = planes;
     const auto count = [](int64_t threads) {
       return static_cast<unsigned>(div_up(threads, kThreads));
     };
@@ -296,14 +336,15 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
         carry_back_kernel<T><<<count(pieces * kStates * e), kThreads, 0, stream_>>>(scan);
       }
       const bool rare = !scan.z || n != kStates;
-      words && !rare ? launch_walk<T, true, false>(scan, tiles.count, stream_)
-      : words        ? launch_walk<T, true, true>(scan, tiles.count, stream_)
-                     : launch_walk<T, false, true>(scan, tiles.count, stream_);
+      groups > 0       ? launch_wave<T>(scan, groups, stream_)
+      : words && !rare ? launch_walk<T, true, false>(scan, tiles.count, stream_)
+      : words          ? launch_walk<T, true, true>(scan, tiles.count, stream_)
+                       : launch_walk<T, false, true>(scan, tiles.count, stream_);
       sum_BC_kernel<T><<<count(t * 2 * kStates), kThreads, 0, stream_>>>(
           scan, op.dB.as<T>(), op.dB.stride[0], op.dC.as<T>(), op.dC.stride[0]);
       const dim3 of_tiles(static_cast<unsigned>(div_up(e, 32)), last ? kStates + 2 : kStates);
       sum_tiles_kernel<T><<<of_tiles, dim3(32, kSlices), 0, stream_>>>(
-          scan, tiles.count, op.dA_log.as<float>(), op.dA_log.stride[0], op.dD.as<float>(),
+          scan, parts, op.dA_log.as<float>(), op.dA_log.stride[0], op.dD.as<float>(),
           op.ddt_bias.as<float>());
       const int64_t slots = op.rows->slots();
       if (op.dstate && slots > 0)
