@@ -111,6 +111,14 @@ Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
   return logits;
 }
 
+Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state) {
+  Tensor logits(backend, DType::f32, {rows.total(), model.config.vocab});
+  const MambaStep ends{
+      .ids = ids, .table = model.embedding, .head = model.output(), .logits = logits};
+  if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;
+  return lm_logits(backend, model, hidden(backend, model, ids, rows, state));
+}
+
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
                     State* state, Tensor* pooled) {
   const int64_t m = rows.finished();

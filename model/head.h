@@ -44,6 +44,8 @@ void copy_values(Backend& backend, const Model& from, Model& to);
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved = nullptr);
 Tensor lm_logits(Backend& backend, const Model& model, View hidden);  // (t, v) f32
+// lm_logits() of hidden(): pieces of one step are one op where the backend has it.
+Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state);
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
                     State* state, Tensor* pooled = nullptr);  // (m, classes) f32
 
