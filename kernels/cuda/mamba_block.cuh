@@ -262,20 +262,23 @@ struct StepBlock {
     if (threadIdx.x == 0) signal_arrive(signal(which));
   }
 
-  // Partial sums of a product into shared memory, (splits, 16, columns), and their sum.
+  // Partial sums of a product into shared memory, (splits, 16, columns and kSlice more, so that
+  // rows meet in no bank), and their sum.
   __device__ void keep(int split, int row, int at, int width, const float (&sum)[4]) const {
-    float* const to = float_at(s.cut.sums) + (split * kGroupRows + row) * width + at;
+    const int pitch = width + kSlice;
+    float* const to = float_at(s.cut.sums) + (split * kGroupRows + row) * pitch + at;
     if (row < rows) *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
-    if (row + 8 < rows) *reinterpret_cast<float2*>(to + 8 * width) = {sum[2], sum[3]};
+    if (row + 8 < rows) *reinterpret_cast<float2*>(to + 8 * pitch) = {sum[2], sum[3]};
   }
   __device__ float kept(int splits, int row, int at, int width) const {
-    const float* const from = float_at(s.cut.sums) + row * width + at;
+    const int pitch = width + kSlice;
+    const float* const from = float_at(s.cut.sums) + row * pitch + at;
     float sum = 0;
 #pragma unroll 1
     for (int i = 0; i < splits; i += 8) {  // eight loads at once
       float part[8];
 #pragma unroll
-      for (int k = 0; k < 8; ++k) part[k] = i + k < splits ? from[(i + k) * kGroupRows * width] : 0;
+      for (int k = 0; k < 8; ++k) part[k] = i + k < splits ? from[(i + k) * kGroupRows * pitch] : 0;
       sum +=
           ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
     }
@@ -370,11 +373,13 @@ struct StepBlock {
     float* const xs = float_at(s.cut.mix_x);
     const float *const weight = float_at(s.cut.conv_weight), *const bias = float_at(s.cut.in_bias);
     const float* const state = float_at(s.cut.conv_state);
+    // Half of the threads for x, half for z.
+    constexpr int kHalf = kStepThreads / 2;
+    const bool is_z = threadIdx.x >= kHalf;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < rows * width; i += kStepThreads) {
-      const int row = s.cut.by_mix(i), at = i - row * width;
-      const int c = at / (2 * kSlice) * kSlice + at % kSlice;
-      const bool is_z = at & kSlice;
+    for (int i = threadIdx.x % kHalf; i < rows * channels; i += kHalf) {
+      const int row = s.cut.by_mix(2 * i), c = i - row * channels;
+      const int at = c / kSlice * 2 * kSlice + (is_z ? kSlice : 0) + c % kSlice;
       if (c >= mix_channels) continue;
       const int64_t place = static_cast<int64_t>(first_row + row) * e + mix_channel + c;
       const float value = kept(s.cut.in_splits, row, at, width) + bias[c + (is_z ? channels : 0)];
@@ -506,14 +511,18 @@ struct StepBlock {
         BC[row * 2 * n + column_of - r] = to_float(value);
     }
     sync_step();
-    float* const dt = float_at(s.cut.dt);  // (part_rows, count)
+    float* const dt = float_at(s.cut.dt);  // (part_rows, count), after softplus
     products<1>(dt_low, s.cut.r_stride, act_at(s.cut.dt_proj), s.cut.r_stride, count / kSlice,
                 (r + kChunk - 1) / kChunk * kChunk, 1,
                 [&](int tile, int, int row, int at_column, const float(&sum)[4]) {
-                  float* const to = dt + row * count + tile * kSlice + at_column;
-                  if (row < scan_rows) *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
-                  if (row + 8 < scan_rows)
-                    *reinterpret_cast<float2*>(to + 8 * count) = {sum[2], sum[3]};
+                  const int c = tile * kSlice + at_column;
+                  const float2 bias = *reinterpret_cast<const float2*>(float_at(s.cut.dt_bias) + c);
+#pragma unroll
+                  for (int high = 0; high < 2; ++high)
+                    if (row + 8 * high < scan_rows)
+                      *reinterpret_cast<float2*>(dt + (row + 8 * high) * count + c) = {
+                          softplus_of(sum[2 * high] + bias.x),
+                          softplus_of(sum[2 * high + 1] + bias.y)};
                 });
     sync_step();
 
@@ -527,7 +536,7 @@ struct StepBlock {
       const int place = i < items ? i >> by_quarters : 0;  // (row, channel)
       const int row = s.cut.by_scan(place), c = place - row * count;
       const bool active = i < items && c < scan_channels;
-      const float delta = softplus_of(dt[place] + float_at(s.cut.dt_bias)[c]);
+      const float delta = dt[place];
       const float x = to_float(xz[place]), z = to_float(xz[s.cut.part_rows * count + place]);
       const auto four = [&](int offset, int from) {
         return load4(float_at(offset) + from + quarter * 4);

@@ -309,10 +309,11 @@ StepCut cut_step(const StepShape& shape, int rows, int groups, int processors) {
   cut.dt = take(cut.part_rows * scanned, 4);
   cut.xz = take(2 * cut.part_rows * scanned, sizeof(T));
   const int lanes = std::min(kStepThreads / part_words, cut.mix_blocks);
-  cut.sums = take(
-      std::max({cut.in_splits * kGroupRows * 2 * channels, cut.out_splits * kGroupRows * columns,
-                cut.head_splits * kGroupRows * head, lanes * (part_words + 1) * 4}),
-      4);
+  cut.sums =
+      take(std::max({cut.in_splits * kGroupRows * (2 * channels + kSlice),
+                     cut.out_splits * kGroupRows * (columns + kSlice),
+                     cut.head_splits * kGroupRows * (head + kSlice), lanes * (part_words + 1) * 4}),
+           4);
   cut.residual = take(kGroupRows * columns, 4);
   cut.signals = take(8, sizeof(uint64_t));
 
