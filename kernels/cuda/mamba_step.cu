@@ -14,9 +14,10 @@
 //
 // d 512, e 1024, n 16, r 32, 12 layers, bf16, 132 multiprocessors. A layer has 3.3 MB of weights
 // and for each sequence 66 KB of states, in and out. At B1 latency is all there is: three ways
-// through L2 a layer and the work between them. With barriers a layer took 24500 cycles on an H100,
-// 161 us a step. At B64 a layer moves 8.4 MB of states and 3.3 MB of weights, 4 us of 3 TB/s, and a
-// block receives some 32 KB a phase.
+// through L2 a layer, some 4000 cycles, and the work between them. On an H200 a layer takes 16000
+// cycles, 115 us a step: 100 KB of instructions go by each layer and are fetched anew. At B64 a
+// layer moves 8.4 MB of states and 3.3 MB of weights, 4 us of 3 TB/s, a block receives some 32 KB a
+// phase, and a step takes 196 us. With barriers instead these were 161 and 236 us.
 #include <cstring>
 
 #include "kernels/cuda/mamba_block.cuh"
