@@ -248,8 +248,7 @@ class Workload {
   // Ids from the host to logits on the device.
   void step(int64_t steps, int64_t position, bool last) {
     const Rows rows = next_pieces(backend_, options_.batch, steps, position, last);
-    const Tensor h = hidden(backend_, model_, view(ids_, rows.total()), rows, &*state_);
-    lm_logits(backend_, model_, h);
+    step_logits(backend_, model_, view(ids_, rows.total()), rows, &*state_);
   }
 
   Backend& backend_;

@@ -201,9 +201,11 @@ struct MambaStep {
     View conv_state, ssm_state;  // (s,w-1,e) (s,e,n); optional where every piece has from = to = -1
   };
   std::span<const Layer> layers;
-  View x;       // (t,d) f32, the residual stream; overwritten
-  View norm_f;  // (d)
-  View y;       // (t,d)
+  View x;           // (t,d) f32, the residual stream; or none:
+  View ids, table;  // (t) i32, in host or device memory, and (v,d): x[i] = table[ids[i]], see Embed
+  View norm_f;      // (d)
+  View y;           // (t,d); or none:
+  View head, logits;  // (v,d) and (t,v) f32: logits = y head^T
   const Rows* rows = nullptr;
   float eps = 1e-5f;
 };

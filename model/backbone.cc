@@ -90,8 +90,8 @@ DType activations(Backend& backend, const Backbone& backbone) {
                     backbone.layers[0].mixer);
 }
 
-bool try_step(Backend& backend, const Config& config, const Backbone& backbone, View x,
-              const Rows& rows, const State* state, View y) {
+bool try_step(Backend& backend, const Config& config, const Backbone& backbone, MambaStep ends,
+              const Rows& rows, const State* state) {
   const bool one_step =
       std::ranges::all_of(rows.pieces(), [](const Piece& piece) { return piece.length == 1; });
   const bool mamba = std::ranges::all_of(backbone.layers, [](const Layer& layer) {
@@ -104,12 +104,11 @@ bool try_step(Backend& backend, const Config& config, const Backbone& backbone, 
     operands.push_back(step_operands(std::get<Mamba1Weights>(backbone.layers[i].mixer),
                                      state ? &std::get<Mamba1State>(state->layers[i]) : nullptr,
                                      backbone.layers[i].norm));
-  return backend.try_run(MambaStep{.layers = operands,
-                                   .x = x,
-                                   .norm_f = backbone.norm_f,
-                                   .y = y,
-                                   .rows = &rows,
-                                   .eps = config.eps});
+  ends.layers = operands;
+  ends.norm_f = backbone.norm_f;
+  ends.rows = &rows;
+  ends.eps = config.eps;
+  return backend.try_run(ends);
 }
 
 Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const Rows& rows,
@@ -127,7 +126,7 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
     saved->initial = state;
   } else {
     Tensor y(backend, act, {t, d});
-    if (try_step(backend, config, *this, x, rows, state, y)) return y;
+    if (try_step(backend, config, *this, {.x = x, .y = y}, rows, state)) return y;
   }
 
   Tensor sum = std::move(x);  // (t, d), the residual stream

@@ -53,11 +53,11 @@ class Backbone {
                   View dy, State* dstate, Backbone& grad) const;
 };
 
-// Forward of pieces that are all one step long, as one op: x (t,d) is consumed, y (t,d). False, and
-// nothing done, where the pieces are longer or the backend has no such op for this network;
-// Backbone::forward then takes the ops one by one.
-bool try_step(Backend& backend, const Config& config, const Backbone& backbone, View x,
-              const Rows& rows, const State* state, View y);
+// Forward of pieces that are all one step long, as one op from ends.x or ends.ids to ends.y or
+// ends.logits. False, and nothing done, where the pieces are longer or the backend has no such op
+// for this network; Backbone::forward then takes the ops one by one.
+bool try_step(Backend& backend, const Config& config, const Backbone& backbone, MambaStep ends,
+              const Rows& rows, const State* state);
 
 // The type of activations in the stack: f32, or bf16 on a device that computes in it.
 DType activations(Backend& backend, const Backbone& backbone);

@@ -112,6 +112,17 @@ Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
   return logits;
 }
 
+Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state) {
+  const int64_t v = model.config.predicted();
+  Tensor logits(backend, DType::f32, {rows.total(), v});
+  const MambaStep ends{.ids = ids,
+                       .table = model.embedding,
+                       .head = model.output().view().slice(0, v),
+                       .logits = logits};
+  if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;
+  return lm_logits(backend, model, hidden(backend, model, ids, rows, state));
+}
+
 std::vector<Softmax> softmaxes(const Config& config) {
   if (config.audio.rate == 0) return {{0, config.vocab}};
   std::vector<Softmax> all;

@@ -45,6 +45,8 @@ Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, 
               Saved* saved = nullptr);
 // (t, config.predicted()) f32
 Tensor lm_logits(Backend& backend, const Model& model, View hidden);
+// lm_logits() of hidden(): pieces of one step are one op where the backend has it.
+Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state);
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
                     State* state, Tensor* pooled = nullptr);  // (m, classes) f32
 

@@ -135,7 +135,8 @@ TEST_P(Cuda, EveryOpAgreesWithTheCpu) {
         if (is_private(op, i)) continue;
         ASSERT_EQ(found[i].size(), expected[i].size()) << op.name;
         const double error = relative(found[i], expected[i]);
-        const bool rounded = GetParam() == DType::bf16;
+        // A copy in bf16 of what differs by rounding in f32 may fall to the other side.
+        const bool rounded = GetParam() == DType::bf16 || op.outputs[i].dtype == DType::bf16;
         EXPECT_LE(error, rounded ? 1e-2 : 2e-5)
             << name << ", " << op.name << ", output " << i << " " << op.outputs[i].shape();
         if (!(error <= worst)) worst = error, worst_op = op.name;

@@ -68,14 +68,16 @@ class MambaStepTest : public ::testing::TestWithParam<DType> {
     return {std::move(model), std::move(copied), State(*cpu, config, slots),
             State(*gpu, config, slots)};
   }
+  bool try_on_gpu(const Pair& pair, const MambaStep& ends, const Rows& rows, const State* state) {
+    return try_step(*gpu, pair.on_gpu.config, pair.on_gpu.backbone, ends, rows, state);
+  }
   // hidden() by the op alone; fails where it is declined.
   Tensor step(Pair& pair, std::vector<int32_t>& ids, const Rows& rows) {
     const int64_t t = rows.total(), d = pair.on_gpu.config.d;
     Tensor kept, x(*gpu, DType::f32, {t, d}), y(*gpu, gpu->activations(GetParam()), {t, d});
     gpu->run(
         Embed{.ids = brought(*gpu, ids_view(ids), kept), .table = pair.on_gpu.embedding, .y = x});
-    EXPECT_TRUE(
-        try_step(*gpu, pair.on_gpu.config, pair.on_gpu.backbone, x, rows, &pair.gpu_state, y));
+    EXPECT_TRUE(try_on_gpu(pair, {.x = x, .y = y}, rows, &pair.gpu_state));
     return y;
   }
   void expect_close(std::span<const float> found, std::span<const float> expected,
@@ -141,6 +143,48 @@ TEST_P(MambaStepTest, AgreesWithTheOps) {
   fmt::print("[ step     ] {}: largest relative difference {:.1e}\n", name_of(GetParam()), worst);
 }
 
+// From ids, of the host or the device, to logits; the vocabulary fills no tile, and an id that does
+// not exist makes its row NaN. The batch changes, and with it the place of the words that blocks
+// hand on.
+TEST_P(MambaStepTest, FromIdsToLogits) {
+  for (const int64_t vocab : {11, 256}) {
+    Config config = config_of({64, 128, 16, 4, 8, 2});
+    config.vocab = vocab;
+    config.tie = vocab == 11;
+    Pair pair = make(config, 70);
+    bool from_host = true;
+    for (const int64_t count : {1, 2, 5, 4, 64, 33, 70, 1}) {
+      const std::string what = fmt::format("vocabulary {}, {} sequences", vocab, count);
+      std::vector<int32_t> ids = random_ids(count, static_cast<int>(vocab), 5);
+      std::vector<Piece> pieces = steps(count, 1);
+      for (Piece& piece : pieces) piece.to = piece.from;
+      const Rows on_gpu(*gpu, pieces), on_cpu(*cpu, pieces);
+      const auto run = [&] {
+        Tensor kept, logits(*gpu, DType::f32, {count, vocab});
+        from_host = !from_host;
+        const MambaStep ends{.ids = from_host ? ids_view(ids) : brought(*gpu, ids_view(ids), kept),
+                             .table = pair.on_gpu.embedding,
+                             .head = pair.on_gpu.output(),
+                             .logits = logits};
+        EXPECT_TRUE(try_on_gpu(pair, ends, on_gpu, &pair.gpu_state)) << what;
+        return values_of(*gpu, logits);
+      };
+      for (int repeat = 0; repeat < 2; ++repeat)
+        expect_close(
+            run(),
+            values_of(*cpu, step_logits(*cpu, pair.on_cpu, ids_view(ids), on_cpu, &pair.cpu_state)),
+            what);
+      expect_close_states(pair, what);
+      ids.back() = static_cast<int32_t>(vocab);
+      const Rows fresh = Rows::equal(*gpu, count, 1);
+      const std::vector<float> logits =
+          values_of(*gpu, step_logits(*gpu, pair.on_gpu, ids_view(ids), fresh, nullptr));
+      for (int64_t i = 0; i < count * vocab; ++i)
+        ASSERT_EQ(std::isnan(logits[static_cast<size_t>(i)]), i / vocab == count - 1) << what;
+    }
+  }
+}
+
 // What it declines, the ops do: the answer is there all the same.
 TEST_P(MambaStepTest, OtherNetworksTakeTheOps) {
   Config falcon = config_of({64, 128, 16, 4, 8, 2});
@@ -157,7 +201,7 @@ TEST_P(MambaStepTest, OtherNetworksTakeTheOps) {
     const Rows on_gpu(*gpu, steps(5, 0)), on_cpu(*cpu, steps(5, 0));
     const Tensor x(*gpu, DType::f32, {5, config.d}),
         y(*gpu, gpu->activations(GetParam()), {5, config.d});
-    EXPECT_FALSE(try_step(*gpu, config, pair.on_gpu.backbone, x, on_gpu, &pair.gpu_state, y));
+    EXPECT_FALSE(try_on_gpu(pair, {.x = x, .y = y}, on_gpu, &pair.gpu_state));
     const std::string what = fmt::format("d {}, n {}, r {}", config.d, config.n, config.dt_rank);
     expect_close(values_of(*gpu, hidden(*gpu, pair.on_gpu, ids_view(ids), on_gpu, &pair.gpu_state)),
                  values_of(*cpu, hidden(*cpu, pair.on_cpu, ids_view(ids), on_cpu, &pair.cpu_state)),
@@ -220,7 +264,7 @@ TEST_P(MambaStepTest, NanStaysInItsSequence) {
     const Tensor x(*gpu, DType::f32, {count, d});
     const Tensor y(*gpu, gpu->activations(GetParam()), {count, d});
     gpu->copy(host_view(values.data(), DType::f32, {count, d}), x);
-    ASSERT_TRUE(try_step(*gpu, pair.on_gpu.config, pair.on_gpu.backbone, x, rows, nullptr, y));
+    ASSERT_TRUE(try_on_gpu(pair, {.x = x, .y = y}, rows, nullptr));
     found = values_of(*gpu, y);
     values[7 * d + 3] = std::numeric_limits<float>::quiet_NaN();
   }
@@ -238,7 +282,7 @@ TEST_P(MambaStepTest, WrongOperandsAreRefused) {
   const Rows rows(*gpu, {{.length = 1, .from = 0, .to = 4}});
   const Tensor x(*gpu, DType::f32, {1, 64}), y(*gpu, gpu->activations(GetParam()), {1, 64});
   const auto run = [&](const View& in, const View& out, const State* state) {
-    try_step(*gpu, pair.on_gpu.config, pair.on_gpu.backbone, in, rows, state, out);
+    try_on_gpu(pair, {.x = in, .y = out}, rows, state);
   };
   EXPECT_THROW(run(x, y, &pair.gpu_state), Error);  // slot 4 of 2
   EXPECT_THROW(run(x, y, nullptr), Error);

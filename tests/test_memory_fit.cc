@@ -8,7 +8,6 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
-#include <regex>
 
 #include "kernels/error.h"
 #include "model/memory_plan.h"
@@ -49,10 +48,11 @@ TEST_F(MemoryFit, TheErrorSaysWhatWasAskedWhatIsFreeAndWhatIsHeld) {
     const Tensor more(*backend, DType::u8, {200'000'000});
     FAIL() << "200 MB were allocated where 100 MiB are the limit";
   } catch (const OutOfMemory& error) {
-    const std::regex expected(
-        "(cpu|cuda:0): out of memory: 191 MiB \\(200000000 bytes\\) asked for, [0-9]+ MiB free of "
-        "100 MiB, [0-9]+ MiB held by coil");
-    EXPECT_TRUE(std::regex_match(error.what(), expected)) << error.what();
+    const std::string message = error.what();
+    EXPECT_NE(message.find(": out of memory: 191 MiB (200000000 bytes) asked for, "), message.npos)
+        << message;
+    EXPECT_NE(message.find(" MiB free of 100 MiB, "), message.npos) << message;
+    EXPECT_TRUE(message.ends_with(" MiB held by coil")) << message;
     EXPECT_FALSE(error.hint().empty());
   }
   const Tensor fits(*backend, DType::u8, {16 << 20});
@@ -202,6 +202,16 @@ std::vector<double> classified(Backend& backend, const Model& model,
   return all;
 }
 
+// N of "OPTION N would fit".
+int64_t hinted(const std::string& hint, const std::string& option) {
+  const size_t end = hint.find(" would fit");
+  if (!hint.starts_with(option + " ") || end == hint.npos || end + 10 != hint.size()) {
+    ADD_FAILURE() << hint;
+    return 1;
+  }
+  return std::stoll(hint.substr(option.size() + 1, end - option.size() - 1));
+}
+
 void expect_same(const std::vector<double>& found, const std::vector<double>& expected) {
   ASSERT_EQ(found.size(), expected.size());
   for (size_t i = 0; i < found.size(); ++i)
@@ -209,16 +219,21 @@ void expect_same(const std::vector<double>& found, const std::vector<double>& ex
 }
 
 // All that is free but what a batch of `share` of auto's rows needs: as another program would.
-Tensor steal(Backend& owner, Backend& from, const Config& config, double share) {
+std::vector<Tensor> steal(Backend& owner, Backend& from, const Config& config, double share) {
   const int64_t rows = auto_batch(config, from.device());
   const MemoryPlan plan = plan_memory(
       config,
       {.length = static_cast<int64_t>(static_cast<double>(rows) * share), .device = from.device()});
   from.release_kept();
   const int64_t slack = from.device().kind == Device::Kind::cpu ? 256 << 10 : 4 << 20;
-  const int64_t most = from.memory().free - plan.activations - slack;
-  const auto step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most))) / 8;
-  return Tensor(owner, DType::u8, {most / step * step});  // a size class
+  std::vector<Tensor> taken;
+  for (int i = 0; i < 6; ++i) {  // each a size class, at least half of what is left
+    const int64_t most = from.memory().free - plan.activations - slack;
+    if (most < 1 << 16) break;
+    const auto step = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(most))) / 8;
+    taken.emplace_back(owner, DType::u8, std::initializer_list<int64_t>{most / step * step});
+  }
+  return taken;
 }
 
 class MemoryFitOf : public MemoryFit, public testing::WithParamInterface<Pooling> {};
@@ -252,7 +267,7 @@ TEST_P(MemoryFitOf, MemoryThatIsTakenHalfWayChangesNoAnswer) {
       classified(*free, random_model(*free, config, 5), records, {});
   Tight tight(config, 1.2);
   std::vector<std::string> notes;
-  Tensor taken;
+  std::vector<Tensor> taken;
   int turns = 0;
   const auto progress = [&](const Stream&) {
     if (++turns == 2) taken = steal(*tight.backend, *tight.backend, config, 0.2);
@@ -286,7 +301,7 @@ TEST_F(MemoryFit, ScoresAreTheSameToo) {
   const std::vector<double> expected = scored(*free, random_model(*free, config, 5), {}, {});
   Tight tight(config, 1.2);
   int notes = 0, turns = 0;
-  Tensor taken;
+  std::vector<Tensor> taken;
   const Note note = [&](const std::string&) { ++notes; };
   const StreamOptions stream{.strands = Strands::forward, .note = &note};
   expect_same(scored(*tight.backend, tight.model, {.stream = stream},
@@ -310,7 +325,7 @@ TEST_F(MemoryFit, AnEvaluationGoesOnInSmallerBatches) {
   const Evaluation expected = evaluate(*free, random_model(*free, config, 5), all, all.items, {});
   Tight tight(config, 0.5);
   int notes = 0;
-  Tensor taken;  // when the first size of batches has been settled
+  std::vector<Tensor> taken;  // when the first size of batches has been settled
   const Note note = [&](const std::string&) {
     if (++notes == 1) taken = steal(*tight.backend, *tight.backend, config, 0.2);
   };
@@ -323,12 +338,10 @@ TEST_F(MemoryFit, ASizeThatWasAskedForIsAnErrorAndTheHintFits) {
   const Config config = classifier_config(Pooling::mean);
   Tight tight(config, 0.3);
   const std::vector<Codes> records = records_of(config, tight.backend->device());
-  const int64_t asked = auto_batch(config, tight.backend->device());
+  const int64_t asked = 8 * auto_batch(config, tight.backend->device());
   EXPECT_THROW(classified(*tight.backend, tight.model, records, {.batch = asked}), OutOfMemory);
   const std::string hint = fitting_hint(*tight.backend, config, DType::f32, "--batch", asked);
-  std::smatch found;
-  ASSERT_TRUE(std::regex_match(hint, found, std::regex("--batch ([0-9]+) would fit"))) << hint;
-  classified(*tight.backend, tight.model, records, {.batch = std::stoll(found[1])});
+  classified(*tight.backend, tight.model, records, {.batch = hinted(hint, "--batch")});
 }
 
 TEST_F(MemoryFit, TrainingThatDoesNotFitSaysWhichBatchWould) {
@@ -357,10 +370,7 @@ TEST_F(MemoryFit, TrainingThatDoesNotFitSaysWhichBatchWould) {
   } catch (const OutOfMemory& error) {
     hint = error.hint();
   }
-  std::smatch found;
-  ASSERT_TRUE(std::regex_match(hint, found, std::regex("--batch-tokens ([0-9]+) would fit")))
-      << hint;
-  options.batch_tokens = std::stoll(found[1]);
+  options.batch_tokens = hinted(hint, "--batch-tokens");
   EXPECT_EQ(options.batch_tokens, tokens / 4);
   std::filesystem::remove_all(options.out);
   EXPECT_EQ(train(*make_limited(limit), options), 0);

@@ -65,7 +65,7 @@ class SampleTest : public testing::Test {
     return draw(*backend, logits, options);
   }
   Field normal(int64_t rows, int64_t cols, float scale = 3) {
-    Field logits(rows, cols, random);
+    Field logits(rows, cols, random, false);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < cols; ++j) logits.at(i, j) *= scale;
     return logits;
@@ -149,7 +149,7 @@ TEST_F(SampleTest, FrequenciesAreTheDistribution) {
     for (const bool steps : {false, true}) {
       const int64_t v = 23, rows = steps ? m / 100 : m;
       const Field one = normal(1, v, 1);
-      Field logits(rows, v);
+      Field logits(rows, v, false);
       for (int64_t i = 0; i < rows; ++i)
         for (int64_t j = 0; j < v; ++j) logits.at(i, j) = one.at(0, j);
       std::vector<double> counts(v);
@@ -179,7 +179,7 @@ TEST_F(SampleTest, ASequenceDoesNotDependOnItsBatch) {
   streams[7] = -1;
   const Drawn all = draw(*backend, logits, {}, 3, 7, streams);
   for (int64_t i = 0; i < m; i += 7) {
-    Field alone(1, v);
+    Field alone(1, v, false);
     for (int64_t j = 0; j < v; ++j) alone.at(0, j) = logits.at(i, j);
     const Drawn one = draw(*backend, alone, {}, 3, 7, {streams[i]});
     EXPECT_EQ(one.ids[0], all.ids[i]) << i;
@@ -195,7 +195,7 @@ TEST_F(SampleTest, ASequenceDoesNotDependOnItsBatch) {
 
 TEST_F(SampleTest, TiesGoToTheLowerIds) {
   for (const int v : {20, 300, 9000}) {
-    Field logits(400, v);
+    Field logits(400, v, false);
     for (int i = 0; i < 400; ++i)
       for (int j = 0; j < v; ++j)
         logits.at(i, j) = j % 5 == 3 ? (j % 2 ? 0.f : -0.f) : -1 - static_cast<float>(j % 5);

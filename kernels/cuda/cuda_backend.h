@@ -72,7 +72,17 @@ class CudaBackend final : public Backend {
   Blocks blocks_;
   cudaStream_t stream_ = nullptr;
   std::unique_ptr<Products, void (*)(Products*)> products_;
-  unsigned* step_barriers_ = nullptr;  // of mamba_step.cu: zero between launches
+
+  // Of mamba_step.cu, from launch to launch.
+  struct {
+    int most_shared = -1;           // bytes of a block; 0: the card lacks what the kernel needs
+    bool ready[2] = {};             // the kernel of f32, of bf16
+    std::vector<char> layers, cut;  // of the last launch
+    void* layers_there = nullptr;   // `layers` in the card's memory
+    char* handed = nullptr;         // what blocks hand to each other
+    int64_t handed_bytes = 0;
+    int generation = 0;  // of the next launch's first layer
+  } step_;
 
   // Host memory that the card reads by itself: bytes on their way there, one half filled while the
   // other is read.

@@ -1,22 +1,25 @@
-// Decoding in one launch: all layers of a stack of Mamba blocks, for sequences of one step each.
+// Decoding in one launch: embedding, all layers of a stack of Mamba blocks and the head, for
+// sequences of one step each.
 //
 // A persistent grid, a block on each multiprocessor. Sequences form up to four groups of at most 16
-// (the height of a tensor core's tile), each with its share of the blocks; groups never meet, so
-// their barriers are small and what their blocks exchange is a quarter. Per layer three phases,
-// each of which needs all of the one before, and so three barriers:
+// (the height of a tensor core's tile), each with its share of the blocks; groups never meet. Per
+// layer three phases, each of which needs all of the one before:
 //   mix   norm of the residual rows (every block for itself, d is small); x and z of this block's
 //         channels; conv1d and SiLU; this block's part of the sum over channels that x_proj is
 //   scan  the parts of x_proj added in a fixed order; dt_proj, softplus, the step of the scan, gate
 //   out   this block's columns of out_proj, added to the residual stream
-// Weights and states lie in shared memory before they are needed: what a phase has used up is
-// fetched for the next layer as soon as it is over, while the barrier is waited for.
+// What a phase hands on goes through L2 and says itself that it is there (mamba_step.cuh); there is
+// no barrier. Weights and states lie in shared memory before they are needed: a warp of its own
+// fetches the next layer's as soon as a phase has used what lies there.
 //
-// d 512, e 1024, n 16, r 32, 12 layers, bf16, 132 multiprocessors. A layer has 3.3 MB of weights,
-// 26 KB a block at one sequence and 103 KB at 64 (groups read the same weights: once from memory,
-// then from L2). State: 66 KB in and out for each sequence. At B1 latency is all there is: 36
-// barriers of about 1 us and three exchanges through L2 a layer, 0.5 to 1 us each (32 KB a block
-// of partial sums is the largest): 60 us. At B64 a layer moves 8.4 MB of states and 3.3 MB of
-// weights, 4 us of 3 TB/s, under 7 us of exchanges (32 KB a block and phase) and barriers: 85 us.
+// d 512, e 1024, n 16, r 32, 12 layers, bf16, 132 multiprocessors. A layer has 3.3 MB of weights
+// and for each sequence 66 KB of states, in and out. At B1 latency is all there is: three ways
+// through L2 a layer, some 4000 cycles, and the work between them. On an H200 a layer takes 16000
+// cycles, 115 us a step: 100 KB of instructions go by each layer and are fetched anew. At B64 a
+// layer moves 8.4 MB of states and 3.3 MB of weights, 4 us of 3 TB/s, a block receives some 32 KB a
+// phase, and a step takes 196 us. With barriers instead these were 161 and 236 us.
+#include <cstring>
+
 #include "kernels/cuda/mamba_block.cuh"
 
 namespace coil {
@@ -25,51 +28,47 @@ namespace {
 using namespace cuda;  // of this file only
 
 constexpr int64_t kMostSequences = 256;  // four launches; beyond, products are large
+constexpr int kFewRows = 4;              // of a group; with fewer, more groups read all weights
+
+// Whether bytes differ from those kept, which they then become.
+bool changed(std::vector<char>& kept, const void* data, size_t bytes) {
+  const auto* const from = static_cast<const char*>(data);
+  if (kept.size() == bytes && std::memcmp(kept.data(), from, bytes) == 0) return false;
+  kept.assign(from, from + bytes);
+  return true;
+}
 
 template <class T>
-__global__ void __launch_bounds__(kStepThreads, 1)
+__global__ void __launch_bounds__(kBlockThreads, 1)
     mamba_step_kernel(const __grid_constant__ Step<T> step) {
-  extern __shared__ uint4 shared_memory[];
-  // Columns that fill a product up, and rows that are not there, stay zero.
-  for (int i = threadIdx.x; i < step.cut.bytes / 16; i += kStepThreads) shared_memory[i] = {};
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(128) uint4 shared_memory[];
+  for (int i = step.cut.zeros / 16 + threadIdx.x; i < step.cut.bytes / 16; i += kBlockThreads)
+    shared_memory[i] = {};
   __syncthreads();
   const StepBlock<T> block(step, reinterpret_cast<unsigned char*>(shared_memory));
-  StepBarrier barrier{step.barriers + block.group * kBarrierWords,
-                      static_cast<unsigned>(step.cut.blocks)};
-  block.fetch_for_mix(0);
-  block.fetch_for_scan(0);
-  block.fetch_for_out(0);
-  block.load_residual();
-  copy_wait<2>();
+  if (threadIdx.x == 0)
+    for (int i = kMixThere; i <= kCleared; ++i) {
+      const bool by_one = i == kMixUsed || i == kScanUsed || i == kOutUsed;
+      signal_init(block.signal(static_cast<StepSignal>(i)), by_one ? 1 : kFetchThreads);
+    }
   __syncthreads();
-  // Two fetches are later than the one that the coming phase needs.
+  if (threadIdx.x >= kStepThreads) return block.fetch_all();
+  block.load_residual();
+#pragma unroll 1
   for (int l = 0; l < step.layer_count; ++l) {
     block.mix(l);
-    barrier.arrive();
-    block.fetch_for_mix(l + 1);
-    copy_wait<2>();
-    barrier.wait();
-
     block.scan(l);
-    barrier.arrive();
-    block.fetch_for_scan(l + 1);
-    copy_wait<2>();
-    barrier.wait();
-
     block.out(l);
-    barrier.arrive();
-    block.fetch_for_out(l + 1);
-    copy_wait<2>();
-    barrier.wait();
   }
-  block.norm_last();
-  barrier.leave();
+  block.end();
+#endif
 }
 
 void check_operands(const MambaStep& op, const StepShape& shape, Device device) {
   const char* const name = "mamba_step";
   const int64_t t = op.rows->total(), slots = op.rows->slots();
-  const auto [d, e, n, w, r] = shape;
+  const auto [d, e, n, w, r, v] = shape;
   const DType act = activation(op.layers[0].in_proj);
   const auto here = [&](const char* operand, const View& view, DType dtype,
                         std::initializer_list<int64_t> sizes) {
@@ -83,8 +82,19 @@ void check_operands(const MambaStep& op, const StepShape& shape, Device device) 
     check(view.rows() >= slots, "{}: {} is {}, expected {} slots or more", name, operand,
           view.shape(), slots);
   };
-  here("x", op.x, DType::f32, {t, d});
-  here("y", op.y, act, {t, d});
+  check(!op.x == !!op.table, "{}: expected either x or a table", name);
+  check(!op.y == !!op.head, "{}: expected either y or a head", name);
+  if (op.x) here("x", op.x, DType::f32, {t, d});
+  if (op.table) {
+    here("table", op.table, act, {op.table.rows(), d});
+    expect(name, "ids", op.ids, DType::i32, {t});
+    if (op.ids.device.kind != Device::Kind::cpu) expect_here(name, "ids", op.ids, device);
+  }
+  if (op.y) here("y", op.y, act, {t, d});
+  if (op.head) {
+    here("head", op.head, act, {v, d});
+    here("logits", op.logits, DType::f32, {t, v});
+  }
   here("norm_f", op.norm_f, DType::f32, {d});
   for (const MambaStep::Layer& layer : op.layers) {
     here("norm", layer.norm, DType::f32, {d});
@@ -109,7 +119,8 @@ bool in_words(const View& view) {
   return !view || (view.contiguous() && reinterpret_cast<uintptr_t>(view.data) % 16 == 0);
 }
 bool in_words(const MambaStep& op) {
-  bool all = in_words(op.x) && in_words(op.y) && in_words(op.norm_f);
+  bool all = (!op.ids || op.ids.contiguous()) && (!op.logits || op.logits.contiguous());
+  for (const View& view : {op.x, op.table, op.norm_f, op.y, op.head}) all = all && in_words(view);
   for (const MambaStep::Layer& layer : op.layers)
     for (const View& view :
          {layer.norm, layer.in_proj, layer.in_proj_bias, layer.conv_weight, layer.conv_bias,
@@ -120,25 +131,10 @@ bool in_words(const MambaStep& op) {
 }
 
 bool offered(const StepShape& shape) {
-  const auto [d, e, n, w, r] = shape;
+  const auto [d, e, n, w, r, v] = shape;
   return d % kChunk == 0 && d <= kNormWords * 128 && e % kChunk == 0 && n >= 4 && n <= 128 &&
          (n & (n - 1)) == 0 && r % kSlice == 0 && r + 2 * n <= kStepThreads / 4 && w >= 1 &&
          w <= 16;
-}
-
-template <class T>
-void launch(const Step<T>& step, cudaStream_t stream) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(step.cut.groups * step.cut.blocks));
-  config.blockDim = dim3(kStepThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(step.cut.bytes);
-  config.stream = stream;
-  cudaLaunchAttribute together{};  // the barrier needs all blocks to run at once
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  check_call(cudaLaunchKernelEx(&config, mamba_step_kernel<T>, step), "mamba_step");
 }
 
 }  // namespace
@@ -146,67 +142,58 @@ void launch(const Step<T>& step, cudaStream_t stream) {
 bool CudaBackend::try_run(const MambaStep& op) {
   const char* const name = "mamba_step";
   check(op.rows != nullptr, "{}: rows are missing", name);
-  if (op.layers.empty() || op.layers.size() > kStepLayers) return false;
+  if (op.layers.empty()) return false;
   const MambaStep::Layer& model = op.layers[0];
-  expect_rank(name, "x", op.x, 2);
+  expect_rank(name, "norm_f", op.norm_f, 1);
   expect_rank(name, "conv_weight", model.conv_weight, 2);
   expect_rank(name, "dt_proj", model.dt_proj, 2);
   expect_rank(name, "A_log", model.A_log, 2);
+  if (op.table) expect_rank(name, "table", op.table, 2);
+  if (op.head) expect_rank(name, "head", op.head, 2);
   const int64_t t = op.rows->total(),
-                sizes[] = {op.x.cols(), model.A_log.rows(), model.A_log.cols(),
-                           model.conv_weight.cols(), model.dt_proj.cols()};
+                sizes[] = {op.norm_f.size[0],    model.A_log.rows(),
+                           model.A_log.cols(),   model.conv_weight.cols(),
+                           model.dt_proj.cols(), op.head ? op.head.rows() : 0};
   for (const int64_t size : sizes)
     if (size > 1 << 20) return false;
   const StepShape shape{static_cast<int>(sizes[0]), static_cast<int>(sizes[1]),
                         static_cast<int>(sizes[2]), static_cast<int>(sizes[3]),
-                        static_cast<int>(sizes[4])};
+                        static_cast<int>(sizes[4]), static_cast<int>(sizes[5])};
   check_operands(op, shape, device());
   const std::span<const Piece> pieces = op.rows->pieces();
   check(t == static_cast<int64_t>(pieces.size()), "{}: {} rows in {} pieces, expected one each",
         name, t, pieces.size());
   if (t == 0 || t > kMostSequences || !offered(shape) || !in_words(op)) return false;
 
-  int most_shared = 0;
-  check_call(cudaDeviceGetAttribute(&most_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_),
-             name);
+  if (step_.most_shared < 0) {
+    int major = 0, most = 0;
+    check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_), name);
+    check_call(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_),
+               name);
+    step_.most_shared = major < 9 ? 0 : most;
+  }
   bool done = false;
   with_type(name, model.in_proj, [&](auto type) {
     using T = decltype(type);
-    // As many groups as fit into shared memory: fewer exchange more, and what they save, reading
-    // weights from L2 again, is hidden.
+    // As few launches as can be; groups of four and more, fewer groups where so many do not fit.
     StepCut cut{};
     int64_t per_launch = 0;
     for (int groups = kMostGroups; groups > 0; --groups) {
       per_launch = div_up(t, div_up(t, groups * kGroupRows));
+      if (groups > div_up(per_launch, kFewRows)) continue;
       cut = cut_step<T>(shape, static_cast<int>(per_launch), groups, processors_);
-      if (cut.bytes <= most_shared) break;
+      if (cut.bytes <= step_.most_shared) break;
     }
-    if (cut.bytes > most_shared) return;
-    if (!step_barriers_) {
-      constexpr int64_t kBytes = kMostGroups * kBarrierWords * sizeof(unsigned);
-      step_barriers_ = static_cast<unsigned*>(alloc(kBytes));
-      check_call(cudaMemsetAsync(step_barriers_, 0, kBytes, stream_), name);
+    if (cut.bytes > step_.most_shared) return;
+    if (bool& ready = step_.ready[sizeof(T) == 2]; !ready) {
+      allow_shared(mamba_step_kernel<T>, step_.most_shared);
+      ready = true;
     }
-    check_call(cudaFuncSetAttribute(mamba_step_kernel<T>,
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared),
-               name);
 
-    const int64_t e = shape.e, outputs = shape.r + 2 * shape.n;
-    const Tensor rows(*this, model.in_proj.dtype, {3, per_launch, e});
-    const Tensor partial(*this, DType::f32, {cut.groups, cut.mix_blocks * cut.group_rows, outputs});
-    Step<T> step;
-    step.shape = shape;
-    step.layer_count = static_cast<int>(op.layers.size());
-    step.eps = op.eps;
-    step.norm_f = op.norm_f.as<float>();
-    step.mixed = rows.as<T>();
-    step.z = step.mixed + per_launch * e;
-    step.gated = step.z + per_launch * e;
-    step.partial = partial.as<float>();
-    step.barriers = step_barriers_;
-    for (size_t l = 0; l < op.layers.size(); ++l) {
-      const MambaStep::Layer& from = op.layers[l];
-      step.layers[l] = {.in_proj = from.in_proj.data,
+    std::vector<StepLayer> layers;
+    layers.reserve(op.layers.size());
+    for (const MambaStep::Layer& from : op.layers)
+      layers.push_back({.in_proj = from.in_proj.data,
                         .x_proj = from.x_proj.data,
                         .dt_proj = from.dt_proj.data,
                         .out_proj = from.out_proj.data,
@@ -219,20 +206,65 @@ bool CudaBackend::try_run(const MambaStep& op) {
                         .D = from.D.as<float>(),
                         .out_bias = from.out_proj_bias.as<float>(),
                         .conv_state = from.conv_state.as<float>(),
-                        .ssm_state = from.ssm_state.as<float>()};
+                        .ssm_state = from.ssm_state.as<float>()});
+    if (const size_t bytes = layers.size() * sizeof(StepLayer);
+        changed(step_.layers, layers.data(), bytes) || !step_.layers_there) {
+      free(step_.layers_there);
+      step_.layers_there = nullptr;
+      step_.layers_there = alloc(static_cast<int64_t>(bytes));
+      upload(layers.data(), step_.layers_there, static_cast<int64_t>(bytes));
     }
+
+    Step<T> step;
+    step.shape = shape;
+    step.layer_count = static_cast<int>(op.layers.size());
+    step.eps = op.eps;
+    step.layers = static_cast<const StepLayer*>(step_.layers_there);
+    step.table = op.table.as<T>();
+    step.table_rows = op.table ? op.table.rows() : 0;
+    step.norm_f = op.norm_f.as<float>();
+    step.head = op.head.as<T>();
+    const bool ids_here = op.ids && op.ids.device.kind == Device::Kind::cpu;
     for (int64_t begin = 0; begin < t; begin += per_launch) {
       // The last launch may have fewer rows; they are cut for the same blocks and memory.
+      cut.rows = static_cast<int>(std::min(per_launch, t - begin));
+      cut.groups = static_cast<int>(div_up(cut.rows, cut.group_rows));
+      // With the same cut as before, the last launch left the coming generation clear.
+      const int64_t bytes = kGenerations * cut.generation;
+      if (bytes > step_.handed_bytes) {
+        step_.cut.clear();
+        free(step_.handed);
+        step_.handed = nullptr;
+        step_.handed_bytes = 0;
+        step_.handed = static_cast<char*>(alloc(bytes));
+        step_.handed_bytes = bytes;
+      }
+      if (changed(step_.cut, &cut, sizeof cut))
+        check_call(cudaMemsetAsync(step_.handed, 0xff, bytes, stream_), name);
       step.cut = cut;
-      step.cut.rows = static_cast<int>(std::min(per_launch, t - begin));
-      step.cut.groups = static_cast<int>(div_up(step.cut.rows, cut.group_rows));
-      step.x = op.x.row<float>(begin);
-      step.y = op.y.row<T>(begin);
-      for (int i = 0; i < step.cut.rows; ++i) {
+      step.handed = step_.handed;
+      step.generation = step_.generation;
+      step.x = op.x ? op.x.row<float>(begin) : nullptr;
+      step.y = op.y ? op.y.row<T>(begin) : nullptr;
+      step.logits = op.logits ? op.logits.row<float>(begin) : nullptr;
+      step.ids_there = op.ids && !ids_here ? op.ids.as<int32_t>() + begin : nullptr;
+      for (int i = 0; i < cut.rows; ++i) {
         step.from[i] = pieces[begin + i].from;
         step.to[i] = pieces[begin + i].to;
+        if (ids_here) step.ids[i] = op.ids.as<int32_t>()[begin + i];
       }
-      launch(step, stream_);
+      cudaLaunchConfig_t config{};
+      config.gridDim = dim3(static_cast<unsigned>(cut.groups * cut.blocks));
+      config.blockDim = dim3(kBlockThreads);
+      config.dynamicSmemBytes = static_cast<size_t>(cut.bytes);
+      config.stream = stream_;
+      cudaLaunchAttribute together{};  // blocks wait for each other: all must run at once
+      together.id = cudaLaunchAttributeCooperative;
+      together.val.cooperative = 1;
+      config.attrs = &together;
+      config.numAttrs = 1;
+      check_call(cudaLaunchKernelEx(&config, mamba_step_kernel<T>, step), name);
+      step_.generation = (step_.generation + step.layer_count) % kGenerations;
     }
     done = true;
   });

@@ -4,6 +4,7 @@
 // nothing of later steps, decays and states from the checkpoint, a warp computes ahead; the
 // gradient carried to the step before goes from warp to warp, four states at a time, by mail in
 // shared memory. Nothing else ties warps together: no barrier of the block, no second pass.
+// Backward of B8 E1536 L2048, n 16, bf16 on an H200: 0.53 ms, in chunks 0.66.
 //
 // A warp without a tile in a piece's last round only hands the mail on, so that mail goes round the
 // warps without end: nobody overwrites what its reader may still need, since the letter before came
