@@ -312,6 +312,65 @@ TEST_F(MemoryFit, ScoresAreTheSameToo) {
   EXPECT_GE(notes, 1);
 }
 
+// The same of recordings: 16 bits, a token before the first code, two softmaxes.
+TEST_F(MemoryFit, RecordingsAreScoredAndEvaluatedTheSame) {
+  Config config = small_config(false);
+  config.audio = {.rate = 100, .codes = SampleCodes::pcm16};
+  config.vocab = audio_vocabulary(config);
+  const auto free = make_limited(kNoLimit);
+  Examples all;
+  all.codes = records_of(config, free->device());
+  for (size_t i = 0; i < all.codes.size(); ++i) {
+    all.codes[i].resize((all.codes[i].size() + 1) / 2 * 2);
+    for (size_t j = 0; j < all.codes[i].size(); ++j)
+      all.codes[i][j] = static_cast<uint8_t>(all.codes[i][j] * 50 + j % 7);
+    all.items.push_back(
+        {.record = static_cast<int64_t>(i), .length = static_cast<int64_t>(all.codes[i].size())});
+  }
+  const auto scored = [&](Backend& backend, const Model& model, const ScoreOptions& options,
+                          const std::function<void(const Stream&)>& progress) {
+    Records source(all.codes, 20'000);
+    std::vector<double> found;
+    score(
+        backend, model, source, options,
+        [&](const Score& score) {
+          found.push_back(score.counted);
+          found.push_back(score.bits_per_base());
+        },
+        {}, progress);
+    return found;
+  };
+  const ScoreOptions plain{.stream = {.strands = Strands::forward}};
+  const Model there = random_model(*free, config, 5);
+  const std::vector<double> expected = scored(*free, there, plain, {});
+  ASSERT_EQ(expected.size(), 2 * all.codes.size());
+  const Evaluation evaluated = evaluate(*free, there, all, all.items, {});
+  {
+    Tight tight(config, 1.2);
+    int notes = 0, turns = 0;
+    std::vector<Tensor> taken;
+    const Note note = [&](const std::string&) { ++notes; };
+    expect_same(scored(*tight.backend, tight.model,
+                       {.stream = {.strands = Strands::forward, .note = &note}},
+                       [&](const Stream&) {
+                         if (++turns == 1)
+                           taken = steal(*tight.backend, *tight.backend, config, 0.2);
+                       }),
+                expected);
+    EXPECT_GE(notes, 1);
+  }
+  Tight tight(config, 0.5);
+  int notes = 0;
+  std::vector<Tensor> taken;
+  const Note note = [&](const std::string&) {
+    if (++notes == 1) taken = steal(*tight.backend, *tight.backend, config, 0.2);
+  };
+  const Evaluation found = evaluate(*tight.backend, tight.model, all, all.items, {.note = &note});
+  EXPECT_GE(notes, 2);
+  EXPECT_EQ(found.metrics.count, evaluated.metrics.count);
+  expect_same({found.metrics.loss}, {evaluated.metrics.loss});
+}
+
 TEST_F(MemoryFit, AnEvaluationGoesOnInSmallerBatches) {
   const Config config = classifier_config(Pooling::mean);
   const auto free = make_limited(kNoLimit);
