@@ -91,26 +91,26 @@ inline Cost cost_of(const SelectiveScanBackward& op) {
                    state_bytes(op.dstate, *op.rows),
           .powers = scan_powers(op.x, op.A_log)};
 }
-// Of each channel, step and complex state: h = dA h + dB x and Re(C h), twice that and the sums of
-// the parameters' gradients in backward. dA's powers are made once a channel.
+// Of each channel, step and complex state: h = dA h + dB x and Re(C h), and in backward that of h
+// and of dh and the parameters' sums; four steps go at once. dA's powers are made once a channel.
 inline Cost cost_of(const S4dScan& op) {
-  return {.flops = 12. * static_cast<double>(op.x.count() * op.A_imag.cols()),
+  return {.flops = 9. * static_cast<double>(op.x.count() * op.A_imag.cols()),
           .bytes = bytes_of({op.x, op.log_A_real, op.A_imag, op.C, op.log_dt, op.D, op.y,
                              op.checkpoints, op.before_gelu}) +
                    state_bytes(op.state, *op.rows)};
 }
 inline Cost cost_of(const S4dScanBackward& op) {
-  return {.flops = 36. * static_cast<double>(op.x.count() * op.A_imag.cols()),
+  return {.flops = 23. * static_cast<double>(op.x.count() * op.A_imag.cols()),
           .bytes = bytes_of({op.x, op.log_A_real, op.A_imag, op.C, op.log_dt, op.D, op.dy,
                              op.checkpoints, op.before_gelu, op.dx, op.dlog_A_real, op.dA_imag,
                              op.dC, op.dlog_dt, op.dD}) +
                    state_bytes(op.dstate, *op.rows)};
 }
 inline Cost cost_of(const Glu& op) {
-  return {.flops = 5. * static_cast<double>(op.y.count()), .bytes = bytes_of({op.x, op.y})};
+  return {.flops = 2. * static_cast<double>(op.y.count()), .bytes = bytes_of({op.x, op.y})};
 }
 inline Cost cost_of(const GluBackward& op) {
-  return {.flops = 8. * static_cast<double>(op.dy.count()),
+  return {.flops = 5. * static_cast<double>(op.dy.count()),
           .bytes = bytes_of({op.x, op.dy, op.dx})};
 }
 inline Cost cost_of(const Pool& op) {

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cost.h"
 #include "kernels/error.h"
 #include "kernels/ops.h"
 
@@ -420,9 +421,9 @@ inline void OpCases::add_s4d() {
   std::vector<View> inputs = {x, log_A_real, A_imag, C, log_dt, D};
   std::vector<View> outputs = {y}, kept = {y, checkpoints, before};
   if (slots > 0) outputs.push_back(h), kept.push_back(h);
-  const double steps = static_cast<double>(t) * static_cast<double>(d * n);
-  add("s4d_scan", 9 * steps, inputs, outputs, [=](Backend& on) { on.run(scan); });
-  add("s4d_scan for training", 9 * steps, inputs, kept, [=](Backend& on) { on.run(keeping); });
+  add("s4d_scan", cost_of(scan).flops, inputs, outputs, [=](Backend& on) { on.run(scan); });
+  add("s4d_scan for training", cost_of(keeping).flops, inputs, kept,
+      [=](Backend& on) { on.run(keeping); });
   backend_.run(keeping);  // backward reads what it kept
   const S4dScanBackward backward{.x = x,
                                  .log_A_real = log_A_real,
@@ -446,7 +447,8 @@ inline void OpCases::add_s4d() {
   outputs = {dx,          backward.dlog_A_real, backward.dA_imag,
              backward.dC, backward.dlog_dt,     backward.dD};
   if (slots > 0) outputs.push_back(dh);
-  add("s4d_scan backward", 23 * steps, inputs, outputs, [=](Backend& on) { on.run(backward); });
+  add("s4d_scan backward", cost_of(backward).flops, inputs, outputs,
+      [=](Backend& on) { on.run(backward); });
 }
 
 }  // namespace coil

@@ -22,6 +22,17 @@ namespace coil {
 using Complex = std::complex<double>;
 constexpr double kComplexStep = 1e-30;
 
+// Which slots of a state pieces write and read.
+struct SlotUse {
+  std::vector<char> written, read;
+  SlotUse(const std::vector<Piece>& pieces, int64_t slots) : written(slots, 0), read(written) {
+    for (const Piece& piece : pieces) {
+      if (piece.to >= 0) written[piece.to] = 1;
+      if (piece.from >= 0) read[piece.from] = 1;
+    }
+  }
+};
+
 // An f32 operand whose rows stand apart in a larger buffer of sentinels. The sentinel is a NaN:
 // what reads it shows.
 class Guarded {

@@ -142,12 +142,8 @@ void expect_backward(const Case& c, int64_t most, int threads = 2) {
   std::vector<double> weight = o.dstate.values();
   const std::vector<double> before = weight;
   const int64_t slot_size = c.e * c.n;
-  std::vector<char> written(o.start.view().size[0], 0), read(written);
-  for (const Piece& piece : c.pieces) {
-    if (piece.to >= 0) written[piece.to] = 1;
-    if (piece.from >= 0) read[piece.from] = 1;
-  }
-  for (size_t i = 0; i < weight.size(); ++i) weight[i] *= written[i / slot_size];
+  const SlotUse use(c.pieces, o.start.view().size[0]);
+  for (size_t i = 0; i < weight.size(); ++i) weight[i] *= use.written[i / slot_size];
   o.backend->run(o.backward());
 
   const std::vector<double> dy = o.dy.values();
@@ -175,7 +171,7 @@ void expect_backward(const Case& c, int64_t most, int threads = 2) {
     const std::vector<double> after = o.dstate.values();
     std::vector<int64_t> of_read;
     for (size_t i = 0; i < after.size(); ++i)
-      if (read[i / slot_size])
+      if (use.read[i / slot_size])
         of_read.push_back(i);
       else
         ASSERT_EQ(after[i], before[i]) << "dstate of a slot that no piece reads";

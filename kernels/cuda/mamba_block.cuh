@@ -1,5 +1,5 @@
-// The phases of a decoding step (mamba_step.cu), as one block does them: what a warp of its own
-// fetches ahead for each, and each.
+// The phases of a decoding step (mamba_step.cu), as one block does them: what threads of their own
+// fetch ahead for each, and each.
 //
 // Ways through L2 that wait for one another: one a phase, the words that it receives, all asked for
 // at once. Weights, states and addresses lie in shared memory by then, and states are written back

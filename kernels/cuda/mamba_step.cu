@@ -9,8 +9,8 @@
 //   scan  the parts of x_proj added in a fixed order; dt_proj, softplus, the step of the scan, gate
 //   out   this block's columns of out_proj, added to the residual stream
 // What a phase hands on goes through L2 and says itself that it is there (mamba_step.cuh); there is
-// no barrier. Weights and states lie in shared memory before they are needed: a warp of its own
-// fetches the next layer's as soon as a phase has used what lies there.
+// no barrier. Weights and states lie in shared memory before they are needed: threads of their own
+// fetch the next layer's as soon as a phase has used what lies there.
 //
 // d 512, e 1024, n 16, r 32, 12 layers, bf16, 132 multiprocessors. A layer has 3.3 MB of weights
 // and for each sequence 66 KB of states, in and out. At B1 latency is all there is: three ways
