@@ -74,14 +74,18 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Products, void (*)(Products*)> products_;
 
   // Of mamba_step.cu, from launch to launch.
+  struct StepBytes {
+    std::vector<char> here;
+    void* there = nullptr;  // the same in the card's memory
+  };
   struct {
-    int most_shared = -1;           // bytes of a block; 0: the card lacks what the kernel needs
-    bool ready[2] = {};             // the kernel of f32, of bf16
-    std::vector<char> layers, cut;  // of the last launch
-    void* layers_there = nullptr;   // `layers` in the card's memory
-    char* handed = nullptr;         // what blocks hand to each other
+    int most_shared = -1;               // bytes of a block; 0: the card lacks what the kernel needs
+    bool ready[2] = {};                 // the kernel of f32, of bf16
+    StepBytes layers, copies;           // operands; what blocks copy
+    std::vector<char> cut, cut_copied;  // of the last launch; that `copies` are of
+    char* handed = nullptr;             // what blocks hand to each other
     int64_t handed_bytes = 0;
-    int generation = 0;  // of the next launch's first layer
+    int generation = 0;  // of the next launch's first words
   } step_;
 
   // Host memory that the card reads by itself: bytes on their way there, one half filled while the

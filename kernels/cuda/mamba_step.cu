@@ -43,25 +43,17 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     mamba_step_kernel(const __grid_constant__ Step<T> step) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint4 shared_memory[];
-  for (int i = step.cut.zeros / 16 + threadIdx.x; i < step.cut.bytes / 16; i += kBlockThreads)
-    shared_memory[i] = {};
-  __syncthreads();
   const StepBlock<T> block(step, reinterpret_cast<unsigned char*>(shared_memory));
-  if (threadIdx.x == 0)
-    for (int i = kMixThere; i <= kCleared; ++i) {
-      const bool by_one = i == kMixUsed || i == kScanUsed || i == kOutUsed;
-      signal_init(block.signal(static_cast<StepSignal>(i)), by_one ? 1 : kFetchThreads);
-    }
-  __syncthreads();
-  if (threadIdx.x >= kStepThreads) return block.fetch_all();
-  block.load_residual();
+  block.begin();
+  if (threadIdx.x >= kStepThreads) return block.copy_all();
 #pragma unroll 1
-  for (int l = 0; l < step.layer_count; ++l) {
+  for (int l = 0;; ++l) {
     block.mix(l);
+    if (l == step.layer_count) break;
     block.scan(l);
     block.out(l);
   }
-  block.end();
+  if (step.y) block.end();
 #endif
 }
 
@@ -132,9 +124,8 @@ bool in_words(const MambaStep& op) {
 
 bool offered(const StepShape& shape) {
   const auto [d, e, n, w, r, v] = shape;
-  return d % kChunk == 0 && d <= kNormWords * 128 && e % kChunk == 0 && n >= 4 && n <= 128 &&
-         (n & (n - 1)) == 0 && r % kSlice == 0 && r + 2 * n <= kStepThreads / 4 && w >= 1 &&
-         w <= 16;
+  return d % kChunk == 0 && e % kChunk == 0 && n >= 4 && n <= 128 && (n & (n - 1)) == 0 &&
+         r % kSlice == 0 && r + 2 * n <= kStepThreads / 4 && w >= 1 && w <= 16;
 }
 
 }  // namespace
@@ -173,6 +164,14 @@ bool CudaBackend::try_run(const MambaStep& op) {
     step_.most_shared = major < 9 ? 0 : most;
   }
   bool done = false;
+  const int layer_count = static_cast<int>(op.layers.size());
+  const auto keep_there = [&](StepBytes& bytes, const void* data, size_t count) {
+    if (!changed(bytes.here, data, count) && bytes.there) return;
+    free(bytes.there);
+    bytes.there = nullptr;
+    bytes.there = alloc(static_cast<int64_t>(count));
+    upload(data, bytes.there, static_cast<int64_t>(count));
+  };
   with_type(name, model.in_proj, [&](auto type) {
     using T = decltype(type);
     // As few launches as can be; groups of four and more, fewer groups where so many do not fit.
@@ -181,7 +180,7 @@ bool CudaBackend::try_run(const MambaStep& op) {
     for (int groups = kMostGroups; groups > 0; --groups) {
       per_launch = div_up(t, div_up(t, groups * kGroupRows));
       if (groups > div_up(per_launch, kFewRows)) continue;
-      cut = cut_step<T>(shape, static_cast<int>(per_launch), groups, processors_);
+      cut = cut_step<T>(shape, static_cast<int>(per_launch), groups, layer_count, processors_);
       if (cut.bytes <= step_.most_shared) break;
     }
     if (cut.bytes > step_.most_shared) return;
@@ -191,39 +190,45 @@ bool CudaBackend::try_run(const MambaStep& op) {
     }
 
     std::vector<StepLayer> layers;
-    layers.reserve(op.layers.size());
-    for (const MambaStep::Layer& from : op.layers)
-      layers.push_back({.in_proj = from.in_proj.data,
-                        .x_proj = from.x_proj.data,
-                        .dt_proj = from.dt_proj.data,
-                        .out_proj = from.out_proj.data,
-                        .norm = from.norm.as<float>(),
-                        .in_bias = from.in_proj_bias.as<float>(),
-                        .conv_weight = from.conv_weight.as<float>(),
-                        .conv_bias = from.conv_bias.as<float>(),
-                        .dt_bias = from.dt_bias.as<float>(),
-                        .A_log = from.A_log.as<float>(),
-                        .D = from.D.as<float>(),
-                        .out_bias = from.out_proj_bias.as<float>(),
-                        .conv_state = from.conv_state.as<float>(),
-                        .ssm_state = from.ssm_state.as<float>()});
-    if (const size_t bytes = layers.size() * sizeof(StepLayer);
-        changed(step_.layers, layers.data(), bytes) || !step_.layers_there) {
-      free(step_.layers_there);
-      step_.layers_there = nullptr;
-      step_.layers_there = alloc(static_cast<int64_t>(bytes));
-      upload(layers.data(), step_.layers_there, static_cast<int64_t>(bytes));
+    layers.reserve(op.layers.size() + 1);
+    for (const MambaStep::Layer& from : op.layers) {
+      StepLayer& to = layers.emplace_back();
+      to.operand[kNorm] = from.norm.data;
+      to.operand[kInProj] = from.in_proj.data;
+      to.operand[kInBias] = from.in_proj_bias.data;
+      to.operand[kConvWeight] = from.conv_weight.data;
+      to.operand[kConvBias] = from.conv_bias.data;
+      to.operand[kConvState] = from.conv_state.data;
+      to.operand[kXProj] = from.x_proj.data;
+      to.operand[kDtProj] = from.dt_proj.data;
+      to.operand[kDtBias] = from.dt_bias.data;
+      to.operand[kALog] = from.A_log.data;
+      to.operand[kD] = from.D.data;
+      to.operand[kSsmState] = from.ssm_state.data;
+      to.operand[kOutProj] = from.out_proj.data;
+      to.operand[kOutBias] = from.out_proj_bias.data;
+    }
+    StepLayer& end = layers.emplace_back();
+    end.operand[kNorm] = op.norm_f.data;
+    end.operand[kInProj] = op.head.data;
+    keep_there(step_.layers, layers.data(), layers.size() * sizeof(StepLayer));
+    // Copies are those of whole groups, whatever the rows.
+    StepCut whole = cut;
+    whole.rows = whole.groups = 0;
+    if (changed(step_.cut_copied, &whole, sizeof whole)) {
+      const std::vector<StepCopies> copies = all_copies<T>(cut, shape, layer_count);
+      keep_there(step_.copies, copies.data(), copies.size() * sizeof(StepCopies));
     }
 
     Step<T> step;
     step.shape = shape;
-    step.layer_count = static_cast<int>(op.layers.size());
+    step.layer_count = layer_count;
     step.eps = op.eps;
-    step.layers = static_cast<const StepLayer*>(step_.layers_there);
+    step.per_d = 1.f / static_cast<float>(shape.d);
+    step.layers = static_cast<const StepLayer*>(step_.layers.there);
+    step.copies = static_cast<const StepCopies*>(step_.copies.there);
     step.table = op.table.as<T>();
     step.table_rows = op.table ? op.table.rows() : 0;
-    step.norm_f = op.norm_f.as<float>();
-    step.head = op.head.as<T>();
     const bool ids_here = op.ids && op.ids.device.kind == Device::Kind::cpu;
     for (int64_t begin = 0; begin < t; begin += per_launch) {
       // The last launch may have fewer rows; they are cut for the same blocks and memory.
@@ -248,6 +253,8 @@ bool CudaBackend::try_run(const MambaStep& op) {
       step.y = op.y ? op.y.row<T>(begin) : nullptr;
       step.logits = op.logits ? op.logits.row<float>(begin) : nullptr;
       step.ids_there = op.ids && !ids_here ? op.ids.as<int32_t>() + begin : nullptr;
+      std::fill_n(step.from, kMostRows, -1);
+      std::fill_n(step.to, kMostRows, -1);
       for (int i = 0; i < cut.rows; ++i) {
         step.from[i] = pieces[begin + i].from;
         step.to[i] = pieces[begin + i].to;
@@ -264,7 +271,7 @@ bool CudaBackend::try_run(const MambaStep& op) {
       config.attrs = &together;
       config.numAttrs = 1;
       check_call(cudaLaunchKernelEx(&config, mamba_step_kernel<T>, step), name);
-      step_.generation = (step_.generation + step.layer_count) % kGenerations;
+      step_.generation = (step_.generation + layer_count + 1) % kGenerations;
     }
     done = true;
   });
