@@ -40,15 +40,15 @@ po::options_description describe(Options& options) {
        "model folder, a language model of audio")  //
       ("output,o", po::value(&options.out)->value_name("FILE"),
        "16-bit WAV; of several streams out-1.wav, out-2.wav, …; -, a pipe or a device: 16-bit PCM "
-       "without header, little endian")  //
+       "without header, little endian")                                                   //
       ("seconds", option(options.seconds, "NUMBER"), "of each stream; inf: without end")  //
-      ("count", option(options.count, "COUNT"), "streams, made side by side")            //
+      ("count", option(options.count, "COUNT"), "streams, made side by side")             //
       ("prompt", po::value(&options.prompt)->value_name("FILE"),
        "a recording that every stream goes on from; it is not written again")  //
       ("label", po::value(&options.label)->value_name("NAME"),
        "conditional model: one of its labels")  //
       ("temperature", option(options.temperature, "NUMBER"),
-       "1: as the model says; below: likelier; 0: the likeliest always")  //
+       "1: as the model says; below: likelier; 0: the likeliest always")                    //
       ("top-k", option(options.top_k, "COUNT"), "draw from the likeliest so many; 0: all")  //
       ("top-p", option(options.top_p, "NUMBER"),
        "draw from the likeliest that have this probability together; 1: all")  //
@@ -68,8 +68,7 @@ Guard parse_guard(const std::string& name) {
   if (name == "warn") return Guard::warn;
   if (name == "stop") return Guard::stop;
   if (name == "resample") return Guard::resample;
-  throw UsageError(
-      fmt::format("--guard: expected off, warn, stop or resample, found '{}'", name));
+  throw UsageError(fmt::format("--guard: expected off, warn, stop or resample, found '{}'", name));
 }
 
 // Infinity of "inf".
@@ -77,8 +76,7 @@ double parse_seconds(const std::string& text) {
   char* end = nullptr;
   const double seconds = std::strtod(text.c_str(), &end);
   if (text.empty() || *end != '\0' || !(seconds > 0) || (seconds > 1e9 && text != "inf"))
-    throw UsageError(
-        fmt::format("--seconds: expected a number above 0, or inf, found '{}'", text));
+    throw UsageError(fmt::format("--seconds: expected a number above 0, or inf, found '{}'", text));
   return seconds;
 }
 
@@ -193,14 +191,14 @@ int run_generate(int argc, char** argv) {
     Generator generator(*backend, model, how);
     if (!options.load_state.empty()) generator.load_state(options.load_state);
     if (!options.prompt.empty()) {
-      const std::unique_ptr<Source> prompt =
-          audio::open_recordings(audio::list_recordings({options.prompt}, {}),
-                                 reading_of(config, {.trim = "0"}));
-      generator.read_prompt(*prompt, fitting_batch(*backend, config, matrix_dtype(options.common),
-                                                   &kPrintNote));
+      const std::unique_ptr<Source> prompt = audio::open_recordings(
+          audio::list_recordings({options.prompt}, {}), reading_of(config, {.trim = "0"}));
+      generator.read_prompt(
+          *prompt, fitting_batch(*backend, config, matrix_dtype(options.common), &kPrintNote));
     }
     std::vector<audio::SoundWriter> writers;
-    for (const std::string& name : names) writers.emplace_back(link_target(name), config.audio.rate);
+    for (const std::string& name : names)
+      writers.emplace_back(link_target(name), config.audio.rate);
     const auto begin = std::chrono::steady_clock::now();
     const Generated made = generator.run(
         {.emit = [&](int64_t stream,
@@ -215,7 +213,8 @@ int run_generate(int argc, char** argv) {
     for (audio::SoundWriter& writer : writers) writer.close();
     if (!options.save_state.empty()) generator.save_state(options.save_state);
     const auto samples = static_cast<double>(made.samples);
-    fmt::print(stderr, "{} stream{}, {} samples ({:.3f} s), {:.6f} bits per sample, {:.0f} samples/s\n",
+    fmt::print(stderr,
+               "{} stream{}, {} samples ({:.3f} s), {:.6f} bits per sample, {:.0f} samples/s\n",
                how.count, how.count == 1 ? "" : "s", made.samples,
                samples / static_cast<double>(config.audio.rate),
                made.nats / samples / std::numbers::ln2, samples / seconds.count());

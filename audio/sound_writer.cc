@@ -16,8 +16,8 @@ namespace coil::audio {
 
 std::array<uint8_t, kWavHeader> wav_header(int64_t rate, int64_t bytes) {
   constexpr int64_t kLargest = 0xffffffff;
-  constexpr int64_t kLong = 28;                      // of ds64, and of what keeps its place
-  const int64_t riff = kWavHeader - 8 + bytes;       // all that follows the length itself
+  constexpr int64_t kLong = 28;                 // of ds64, and of what keeps its place
+  const int64_t riff = kWavHeader - 8 + bytes;  // all that follows the length itself
   const bool is_long = riff > kLargest;
   std::array<uint8_t, kWavHeader> header{};
   size_t at = 0;
@@ -103,8 +103,8 @@ bool SoundWriter::write(std::span<const float> samples) {
   pcm_.clear();
   for (const float x : samples) {
     const double rounded = std::floor(32768 * static_cast<double>(x) + 0.5);
-    const auto word = static_cast<uint16_t>(
-        static_cast<int16_t>(std::clamp(rounded, -32768.0, 32767.0)));
+    const auto word =
+        static_cast<uint16_t>(static_cast<int16_t>(std::clamp(rounded, -32768.0, 32767.0)));
     pcm_.push_back(static_cast<uint8_t>(word & 255));
     pcm_.push_back(static_cast<uint8_t>(word >> 8));
   }

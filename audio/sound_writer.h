@@ -1,5 +1,5 @@
-// Samples of one channel written as they are made: 16-bit WAV in a file, whose header is right after
-// every write, or 16-bit PCM without one (little endian) in a pipe or a device.
+// Samples of one channel written as they are made: 16-bit WAV in a file, whose header is right
+// after every write, or 16-bit PCM without one (little endian) in a pipe or a device.
 //
 //   WAV    RIFF, JUNK of 28 bytes, fmt, data: 80 bytes. Past 4 GiB the same bytes become RF64 and
 //          ds64 (EBU Tech 3306), where lengths have 64 bits. Samples are written first and then the
@@ -34,7 +34,7 @@ class SoundWriter {
 
  private:
   bool write_at(const void* data, size_t bytes, int64_t offset);  // false: a pipe's reader has gone
-  std::string name_;  // for messages
+  std::string name_;                                              // for messages
   int descriptor_ = -1;
   bool wav_ = false;
   int64_t rate_, bytes_ = 0;

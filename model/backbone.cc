@@ -66,8 +66,8 @@ std::vector<std::pair<std::string, View>> State::tensors() const {
     const std::string name = fmt::format("layers.{}.", i);
     if (const auto* mamba = std::get_if<Mamba1State>(&layers[i]))
       all.emplace_back(name + "conv", mamba->conv);
-    all.emplace_back(name + "ssm", std::visit([](const auto& own) { return own.ssm.view(); },
-                                              layers[i]));
+    all.emplace_back(name + "ssm",
+                     std::visit([](const auto& own) { return own.ssm.view(); }, layers[i]));
   }
   return all;
 }

@@ -54,7 +54,8 @@ void Generator::read_prompt(Source& prompt, int64_t chunk) {
   int64_t read = 0;
   const auto advance = [&](int64_t count) {
     const Rows rows(
-        backend_, {{.length = count, .position = read, .from = read > 0 ? 0 : -1, .to = 0, .last = false}});
+        backend_,
+        {{.length = count, .position = read, .from = read > 0 ? 0 : -1, .to = 0, .last = false}});
     hidden(backend_, model_, host_view(tokens.data(), DType::i32, {count}), rows, &state_);
     tokens.erase(tokens.begin(), tokens.begin() + count);
     read += count;
@@ -114,9 +115,8 @@ void Generator::draw(Block& block) {
   const auto place = [&](int64_t code) { return softmaxes_[code % front_end_.step()]; };
   for (int64_t i = 0; i < block.steps; ++i) {
     const int64_t code = block.begin + i;
-    const Tensor logits =
-        step_logits(backend_, model_, row(block.ids, i), i == 0 ? first : others, &state_,
-                    i == 0 ? block.read : place(code - 1), place(code));
+    const Tensor logits = step_logits(backend_, model_, row(block.ids, i), i == 0 ? first : others,
+                                      &state_, i == 0 ? block.read : place(code - 1), place(code));
     backend_.run(Sample{.logits = logits,
                         .ids = row(block.ids, i + 1),
                         .streams = streams,
@@ -205,7 +205,8 @@ void Generator::finish(Block& block, const GenerateHooks& hooks) {
 }
 
 Generated Generator::run(const GenerateHooks& hooks) {
-  if (!pending_in_.count) set_pending(std::vector<int32_t>(options_.count, front_end_.begin(options_.label)));
+  if (!pending_in_.count)
+    set_pending(std::vector<int32_t>(options_.count, front_end_.begin(options_.label)));
   end_ = options_.samples > 0 ? position_ + options_.samples * front_end_.step() : -1;
   const auto ended = [&] {
     return made_.unwanted || position_ == end_ || std::ranges::all_of(stopped_, std::identity()) ||

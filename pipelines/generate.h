@@ -102,7 +102,7 @@ class Generator {
   // With `resample` a block forks its states, so that it can be drawn anew from where it began:
   // slots 0 … count-1 and count … 2 count-1 take turns.
   State state_;
-  int32_t from_ = 0, to_ = 0;  // the first slots read and written by the block under way
+  int32_t from_ = 0, to_ = 0;       // the first slots read and written by the block under way
   int64_t position_ = 0, end_ = 0;  // of the next code, and behind the last; without end: -1
   Tensor pending_;                  // (count) i32: the code before the next one,
   Softmax pending_in_{};            // which counts from the begin of this

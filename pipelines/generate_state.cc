@@ -70,8 +70,8 @@ void Generator::save_state(const std::string& path) const {
   std::vector<std::vector<std::byte>> kept(all.size() + 1);
   std::vector<NamedView> tensors;
   for (size_t i = 0; i < all.size(); ++i)
-    tensors.push_back({all[i].first,
-                       on_host(backend_, all[i].second.slice(from_, options_.count), kept[i])});
+    tensors.push_back(
+        {all[i].first, on_host(backend_, all[i].second.slice(from_, options_.count), kept[i])});
   const View ids = on_host(backend_, pending_, kept.back());
   std::vector<int32_t> tokens(ids.as<int32_t>(), ids.as<int32_t>() + options_.count);
   for (int32_t& token : tokens) token += static_cast<int32_t>(pending_in_.begin);

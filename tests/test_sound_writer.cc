@@ -50,7 +50,8 @@ TEST_F(SoundTest, SamplesThatAreNotCountedYetAreNotRead) {
   for (int i = 0; i < 700; ++i) bytes += static_cast<char>(i);
   write("out.wav", bytes);
   EXPECT_EQ(samples_of(file), std::vector<float>(500, 0.25f));
-  shell("soxi -s out.wav | grep -qx 500; sox out.wav again.wav && soxi -s again.wav | grep -qx 500");
+  shell(
+      "soxi -s out.wav | grep -qx 500; sox out.wav again.wav && soxi -s again.wav | grep -qx 500");
   shell("flac -sf out.wav -o out.flac && flac -st out.flac && sox out.flac -n stat 2>/dev/null");
   EXPECT_EQ(samples_of(path("out.flac")).size(), 500u);
 }
@@ -65,9 +66,10 @@ TEST_F(SoundTest, SamplesAreRoundedAndClipped) {
 
 // A file without blocks on the disk stands for one of 5 GiB.
 TEST_F(SoundTest, LongFilesAreRf64) {
-  const int64_t short_most = (int64_t{1} << 32) - kWavHeader + 6;  // even; RIFF's length is 2^32 - 2
-  EXPECT_EQ(wav_header(8000, short_most)[3], 'F');                 // RIFF
-  EXPECT_EQ(wav_header(8000, short_most + 2)[3], '4');             // RF64
+  const int64_t short_most =
+      (int64_t{1} << 32) - kWavHeader + 6;              // even; RIFF's length is 2^32 - 2
+  EXPECT_EQ(wav_header(8000, short_most)[3], 'F');      // RIFF
+  EXPECT_EQ(wav_header(8000, short_most + 2)[3], '4');  // RF64
   for (const int64_t bytes : {short_most, short_most + 2, int64_t{5} << 30}) {
     const auto header = wav_header(8000, bytes);
     const std::string file = path("long.wav");
