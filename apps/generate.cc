@@ -18,6 +18,7 @@
 #include "audio/sound_writer.h"
 #include "kernels/error.h"
 #include "model/atomic_file.h"
+#include "pipelines/run_log.h"
 
 namespace coil {
 namespace {
@@ -144,8 +145,8 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
   } else {
     const GenerateOptions saved = Generator::saved_options(options.load_state);
     if (!values["count"].defaulted() && options.count != saved.count)
-      fail("--count {}: '{}' holds {} stream{}", options.count.value, options.load_state,
-           saved.count, saved.count == 1 ? "" : "s");
+      fail("--count {}: '{}' holds {}", options.count.value, options.load_state,
+           counted(saved.count, "stream"));
     resolved.count = saved.count;
     if (values["temperature"].defaulted()) resolved.temperature = saved.temperature;
     if (values["top-p"].defaulted()) resolved.top_p = saved.top_p;
@@ -200,28 +201,31 @@ int run_generate(int argc, char** argv) {
     for (const std::string& name : names)
       writers.emplace_back(link_target(name), config.audio.rate);
     const auto begin = std::chrono::steady_clock::now();
+    std::vector<bool> told(names.size());  // of a runaway, once a stream
+    const auto tell = [&](int64_t stream, int64_t sample) {
+      if (told[stream]) return;
+      told[stream] = true;
+      fmt::print(stderr, "guard: {}: loud noise up to {:.1f} s\n",
+                 names[stream] == "-" ? "standard output" : names[stream],
+                 static_cast<double>(sample) / static_cast<double>(config.audio.rate));
+    };
     const Generated made = generator.run(
         {.emit = [&](int64_t stream,
                      std::span<const float> samples) { return writers[stream].write(samples); },
-         .runaway =
-             [&](int64_t stream, int64_t sample) {
-               fmt::print(stderr, "guard: {}: loud noise up to {:.1f} s\n", names[stream],
-                          static_cast<double>(sample) / static_cast<double>(config.audio.rate));
-             },
+         .runaway = tell,
          .interrupted = [&] { return signals.taken() != 0; }});
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     for (audio::SoundWriter& writer : writers) writer.close();
     if (!options.save_state.empty()) generator.save_state(options.save_state);
     const auto samples = static_cast<double>(made.samples);
-    fmt::print(stderr,
-               "{} stream{}, {} samples ({:.3f} s), {:.6f} bits per sample, {:.0f} samples/s\n",
-               how.count, how.count == 1 ? "" : "s", made.samples,
+    fmt::print(stderr, "{}, {} samples ({:.3f} s), {:.6f} bits per sample, {:.0f} samples/s\n",
+               counted(how.count, "stream"), made.samples,
                samples / static_cast<double>(config.audio.rate),
                made.nats / samples / std::numbers::ln2, samples / seconds.count());
     if (how.guard != Guard::off)
-      fmt::print(stderr, "guard fired {} times{}\n", made.runaways,
+      fmt::print(stderr, "guard: fired {}{}\n", counted(made.runaways, "time"),
                  how.guard == Guard::resample
-                     ? fmt::format(", {} of them after the last try", made.kept)
+                     ? fmt::format(", at {} in vain", counted(made.kept, "half second"))
                      : "");
   } catch (const OutOfMemory& error) {
     throw OutOfMemory(error.what(), "a smaller --count");
