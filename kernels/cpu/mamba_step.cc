@@ -12,6 +12,8 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
+#include <thread>
 
 #include "kernels/cpu/cpu_backend.h"
 #include "kernels/cpu/grid.h"
@@ -150,6 +152,30 @@ Range share(int64_t count, int64_t thread, int64_t threads) {
           std::min(count, units * (thread + 1) / threads * kUnit)};
 }
 
+// OpenMP's calls the kernel each time, of one thread too. Threads are here within microseconds of
+// each other unless another program has the core: then this one is given away.
+class Barrier {
+ public:
+  void wait(int64_t team) {
+    if (team == 1) return;
+    const int64_t now = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == team) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int turn = 0; round_.load(std::memory_order_acquire) == now; ++turn)
+      if (turn < kTurns)
+        hwy::Pause();
+      else
+        std::this_thread::yield();
+  }
+
+ private:
+  static constexpr int kTurns = 1000;
+  std::atomic<int64_t> arrived_ = 0, round_ = 0;
+};
+
 struct StepSizes {
   int64_t t, d, e, n, w, r;
 };
@@ -237,6 +263,7 @@ bool CpuBackend::try_run(const MambaStep& op) {
     run(Embed{.ids = op.ids, .table = op.table, .y = x});
 
   const auto multiply = HWY_DYNAMIC_DISPATCH(step_product);
+  Barrier barrier;
 #pragma omp parallel num_threads(static_cast <int>(threads)) if (threads > 1)
   {
     const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
@@ -262,9 +289,9 @@ bool CpuBackend::try_run(const MambaStep& op) {
                    .state = layer.conv_state,
                    .rows = op.rows},
                   cell, room);
-#pragma omp barrier
+      barrier.wait(team);
       multiply({.a = convolved, .b = layer.x_proj, .c = dbc}, share(r + 2 * n, thread, team));
-#pragma omp barrier
+      barrier.wait(team);
       multiply({.a = dt, .b = layer.dt_proj, .c = y}, own);
       selective_scan_cell({.x = convolved,
                            .dt = y,
@@ -278,10 +305,10 @@ bool CpuBackend::try_run(const MambaStep& op) {
                            .state = layer.ssm_state,
                            .rows = op.rows},
                           cell, room);
-#pragma omp barrier
+      barrier.wait(team);
       multiply({.a = y, .b = layer.out_proj, .c = x, .bias = layer.out_proj_bias, .add = true},
                share(d, thread, team));
-#pragma omp barrier
+      barrier.wait(team);
     }
     norm_rows_of({.x = x, .weight = op.norm_f, .y = u, .eps = op.eps}, 0, t);
     if (op.head)
