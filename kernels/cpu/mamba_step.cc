@@ -72,54 +72,92 @@ HWY_INLINE V sum_of_each(V* sums) {
   return sums[0];
 }
 
-// a (k) times kLanes rows of b.
-template <class T>
-HWY_INLINE V row_products(const float* HWY_RESTRICT a, const T* HWY_RESTRICT b, int64_t stride,
-                          int64_t k) {
+// kRows rows of a times kLanes / kRows rows of b, as many sums as a vector has lanes.
+template <int kRows, class T>
+HWY_INLINE V row_products(const float* HWY_RESTRICT a, int64_t a_stride, const T* HWY_RESTRICT b,
+                          int64_t b_stride, int64_t k) {
+  constexpr int64_t kColumns = kLanes / kRows;
   V sums[kLanes];
 #pragma GCC unroll 16
   for (int64_t q = 0; q < kLanes; ++q) sums[q] = hn::Zero(d);
-  const auto add = [&](V in, const T* from) HWY_ATTR {
+  const auto add = [&](const float* from_a, const T* from_b, int64_t stride_a,
+                       int64_t stride_b) HWY_ATTR {
+    V in[kRows];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kRows; ++i) in[i] = hn::LoadU(d, from_a + i * stride_a);
 #pragma GCC unroll 16
-    for (int64_t q = 0; q < kLanes; ++q)
-      sums[q] = hn::MulAdd(in, load_weights(from + q % 4 * stride + q / 4 * 4 * stride), sums[q]);
+    for (int64_t q = 0; q < kColumns; ++q) {
+      const V weights = load_weights(from_b + q % 4 * stride_b + q / 4 * 4 * stride_b);
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < kRows; ++i)
+        sums[i * kColumns + q] = hn::MulAdd(in[i], weights, sums[i * kColumns + q]);
+    }
   };
   int64_t p = 0;
-  for (; p + kLanes <= k; p += kLanes) add(hn::LoadU(d, a + p), b + p);
+  for (; p + kLanes <= k; p += kLanes) add(a + p, b + p, a_stride, b_stride);
   if (p < k) {  // the rest, padded
-    HWY_ALIGN T rest[kLanes * kLanes] = {};
-    for (int64_t q = 0; q < kLanes; ++q)
-      std::copy(b + q * stride + p, b + q * stride + k, rest + q * kLanes);
-    const V in = load_part(d, a + p, k - p);
-#pragma GCC unroll 16
-    for (int64_t q = 0; q < kLanes; ++q)
-      sums[q] = hn::MulAdd(in, load_weights(rest + q * kLanes), sums[q]);
+    HWY_ALIGN float rest_a[kRows * kLanes] = {};
+    HWY_ALIGN T rest_b[kColumns * kLanes] = {};
+    for (int64_t i = 0; i < kRows; ++i)
+      std::copy(a + i * a_stride + p, a + i * a_stride + k, rest_a + i * kLanes);
+    for (int64_t q = 0; q < kColumns; ++q)
+      std::copy(b + q * b_stride + p, b + q * b_stride + k, rest_b + q * kLanes);
+    add(rest_a, rest_b, kLanes, kLanes);
   }
   return sum_of_each(sums);
 }
 
-HWY_INLINE void store_sum(const StepProduct& op, int64_t row, int64_t column, int64_t count,
-                          V sum) {
+HWY_INLINE void store_sums(const StepProduct& op, int64_t row, int64_t column, int64_t count,
+                           V sum) {
   float* const c = op.c.row<float>(row) + column;
   if (op.bias) sum = hn::Add(sum, load_part(d, op.bias.as<float>() + column, count));
   if (op.add) sum = hn::Add(sum, load_part(d, c, count));
   store_part(d, sum, c, count);
 }
 
+// Of row i on, kRows of them, and columns j … j + count.
+template <int kRows, class T>
+HWY_INLINE void multiply_block(const StepProduct& op, int64_t i, int64_t j, int64_t count) {
+  constexpr int64_t kColumns = kLanes / kRows;
+  const int64_t k = op.a.cols(), end = j + count;
+  const float* const bias = op.bias.as<float>();
+  HWY_ALIGN float sums[kLanes];
+  for (; j < end; j += kColumns) {
+    const int64_t width = std::min(kColumns, end - j);
+    // Where fewer rows of b are left than are read: one by one, each as all of them.
+    const bool all = j + kColumns <= op.b.rows();
+    for (int64_t q = 0; q < (all ? 1 : width); ++q) {
+      const V sum = row_products<kRows, T>(op.a.row<float>(i), op.a.stride[0], op.b.row<T>(j + q),
+                                           all ? op.b.stride[0] : 0, k);
+      if (kRows == 1 && all) {
+        store_sums(op, i, j, width, sum);
+        continue;
+      }
+      hn::Store(sum, d, sums);
+      for (int64_t r = 0; r < kRows; ++r) {
+        float* const c = op.c.row<float>(i + r) + j + q;
+        for (int64_t s = 0; s < (all ? width : 1); ++s) {
+          float value = sums[r * kColumns + s];
+          if (bias) value += bias[j + q + s];
+          c[s] = op.add ? c[s] + value : value;
+        }
+      }
+    }
+  }
+}
+
+// A vector's worth of columns for all rows, then the next.
 template <class T>
 void products(const StepProduct& op, Range columns) {
-  const int64_t m = op.c.rows(), k = op.a.cols(), n = op.b.rows();
+  const int64_t m = op.c.rows();
   for (int64_t j = columns.begin; j < columns.end; j += kLanes) {
     const int64_t count = std::min(kLanes, columns.end - j);
-    if (j + kLanes > n) {  // fewer rows than lanes are left: one by one, its sum in every lane
-      for (int64_t q = 0; q < count; ++q)
-        for (int64_t i = 0; i < m; ++i)
-          store_sum(op, i, j + q, 1, row_products(op.a.row<float>(i), op.b.row<T>(j + q), 0, k));
-      continue;
+    int64_t i = 0;
+    if constexpr (kLanes >= 4) {
+      for (; i + 4 <= m; i += 4) multiply_block<4, T>(op, i, j, count);
+      if (i + 2 <= m) multiply_block<2, T>(op, i, j, count), i += 2;
     }
-    for (int64_t i = 0; i < m; ++i)
-      store_sum(op, i, j, count,
-                row_products(op.a.row<float>(i), op.b.row<T>(j), op.b.stride[0], k));
+    for (; i < m; ++i) multiply_block<1, T>(op, i, j, count);
   }
 }
 
@@ -142,7 +180,10 @@ HWY_EXPORT(step_product);
 
 namespace {
 
-constexpr int64_t kMostRows = 16;             // beyond, the products of gemm.cc are faster
+constexpr int64_t kMostRows = 16;  // beyond, the products of gemm.cc are faster
+// Of bf16 matrices, up to which they are in a cache; beyond, skinny.cc reads them faster, row by
+// row.
+constexpr int64_t kMostHalfBytes = 16 << 20;
 constexpr int64_t kTermsOfThread = 16 << 10;  // multiplications of a layer that a thread is worth
 
 // Of `count` in units of a cache line, the share of one thread.
@@ -241,7 +282,9 @@ bool CpuBackend::try_run(const MambaStep& op) {
   const StepSizes sizes{op.rows->total(),   op.norm_f.size[0],        model.A_log.rows(),
                         model.A_log.cols(), model.conv_weight.cols(), model.dt_proj.cols()};
   const auto [t, d, e, n, w, r] = sizes;
-  if (t == 0 || t > kMostRows || w > kMostConvTaps) return false;
+  const int64_t weights = e * (3 * d + 2 * r + 2 * n) * static_cast<int64_t>(op.layers.size());
+  const bool far = model.in_proj.dtype == DType::bf16 && 2 * weights > kMostHalfBytes;
+  if (t == 0 || t > kMostRows || w > kMostConvTaps || far) return false;
   check_operands(op, sizes);
   check(t == static_cast<int64_t>(op.rows->pieces().size()),
         "{}: {} rows in {} pieces, expected one each", name, t, op.rows->pieces().size());
