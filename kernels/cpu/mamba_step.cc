@@ -184,7 +184,7 @@ constexpr int64_t kMostRows = 16;  // beyond, the products of gemm.cc are faster
 // Of bf16 matrices, up to which they are in a cache; beyond, skinny.cc reads them faster, row by
 // row.
 constexpr int64_t kMostHalfBytes = 16 << 20;
-constexpr int64_t kTermsOfThread = 16 << 10;  // multiplications of a layer that a thread is worth
+constexpr int64_t kTermsOfThread = 48 << 10;  // multiplications of a layer that a thread is worth
 
 // Of `count` in units of a cache line, the share of one thread.
 Range share(int64_t count, int64_t thread, int64_t threads) {
