@@ -193,7 +193,8 @@ int run_generate(int argc, char** argv) {
     if (!options.load_state.empty()) generator.load_state(options.load_state);
     if (!options.prompt.empty()) {
       const std::unique_ptr<Source> prompt = audio::open_recordings(
-          audio::list_recordings({options.prompt}, {}), reading_of(config, {.trim = "0"}));
+          {.files = {{.path = options.prompt, .name = options.prompt}}, .labels = {}},
+          reading_of(config, {.trim = "0"}));
       generator.read_prompt(
           *prompt, fitting_batch(*backend, config, matrix_dtype(options.common), &kPrintNote));
     }
