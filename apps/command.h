@@ -30,6 +30,7 @@ int run_calibrate(int argc, char** argv);
 int run_classify(int argc, char** argv);
 int run_convert(int argc, char** argv);
 int run_eval(int argc, char** argv);
+int run_generate(int argc, char** argv);
 int run_info(int argc, char** argv);
 int run_score(int argc, char** argv);
 int run_train(int argc, char** argv);

@@ -139,6 +139,13 @@ po::options_description describe(LabelChoice& choice) {
   return description;
 }
 
+int32_t find_label(const Config& config, const std::string& label) {
+  const auto place = std::find(config.labels.begin(), config.labels.end(), label);
+  check(place != config.labels.end(), "--label '{}' is not one of the model's: {}", label,
+        fmt::join(config.labels, ", "));
+  return static_cast<int32_t>(place - config.labels.begin());
+}
+
 audio::Recordings recordings_of(const Config& config, const std::vector<std::string>& inputs,
                                 const LabelChoice& choice, bool labelled) {
   if (inputs.empty()) throw UsageError("no INPUT given");
@@ -152,12 +159,9 @@ audio::Recordings recordings_of(const Config& config, const std::vector<std::str
                                                                  .pattern = choice.pattern,
                                                                  .known = config.labels});
   if (!labelled || !one) return recordings;
-  const auto place = std::find(config.labels.begin(), config.labels.end(), choice.label);
-  check(place != config.labels.end(), "--label '{}' is not one of the model's: {}", choice.label,
-        fmt::join(config.labels, ", "));
+  const int32_t label = find_label(config, choice.label);
   recordings.labels = config.labels;
-  for (audio::Recording& file : recordings.files)
-    file.label = static_cast<int32_t>(place - config.labels.begin());
+  for (audio::Recording& file : recordings.files) file.label = label;
   return recordings;
 }
 

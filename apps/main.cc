@@ -22,6 +22,8 @@ constexpr Command kCommands[] = {
     {"Use a model", "classify", "label DNA records, windows, read pairs, files; recordings", true,
      coil::run_classify},
     {"Use a model", "score", "log-likelihood: bits per base or sample", true, coil::run_score},
+    {"Use a model", "generate", "audio from a language model, written as it is made", true,
+     coil::run_generate},
     {"Make a model", "train", "train a classifier or a language model", true, coil::run_train},
     {"Make a model", "eval", "metrics of a model on labelled data", true, coil::run_eval},
     {"Make a model", "calibrate", "thresholds below which classify says unknown", true,

@@ -44,7 +44,8 @@ inline void expect_pairs(const char* op, const char* operand, const View& view,
 // For the operand that the other shapes are taken from.
 inline void expect_rank(const char* op, const char* operand, const View& view, int rank) {
   check(view.data != nullptr, "{}: {} is missing", op, operand);
-  check(view.rank == rank, "{}: {} is {}, expected {} dimensions", op, operand, view.shape(), rank);
+  if (view.rank != rank) [[unlikely]]
+    fail("{}: {} is {}, expected {} dimensions", op, operand, view.shape(), rank);
 }
 
 }  // namespace coil

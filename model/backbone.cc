@@ -60,6 +60,18 @@ State::State(Backend& backend, const Config& config, int32_t slots) : slots(slot
   pool = zeros(DType::f64, {slots, config.d + 1});
 }
 
+std::vector<std::pair<std::string, View>> State::tensors() const {
+  std::vector<std::pair<std::string, View>> all;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const std::string name = fmt::format("layers.{}.", i);
+    if (const auto* mamba = std::get_if<Mamba1State>(&layers[i]))
+      all.emplace_back(name + "conv", mamba->conv);
+    all.emplace_back(name + "ssm",
+                     std::visit([](const auto& own) { return own.ssm.view(); }, layers[i]));
+  }
+  return all;
+}
+
 std::vector<Param> declare(const Config& config, Backbone& backbone, const std::string& prefix) {
   if (backbone.layers.size() != config.layers.size()) {
     backbone.layers = std::vector<Layer>(config.layers.size());

@@ -2,7 +2,10 @@
 // and no head.
 #pragma once
 
+#include <string>
+#include <utility>
 #include <variant>
+#include <vector>
 
 #include "model/mamba1.h"
 #include "model/s4d.h"
@@ -25,6 +28,9 @@ struct State {
   int32_t slots = 0;
   std::vector<MixerState> layers;
   Tensor pool;  // (s, d+1) f64: Pool's running sum and count
+
+  // Of the layers, (s, …) f32 each: layers.0.conv, layers.0.ssm, …
+  std::vector<std::pair<std::string, View>> tensors() const;
 };
 
 struct Saved {  // of one forward, for one backward

@@ -97,30 +97,46 @@ void copy_values(Backend& backend, const Model& from, Model& to) {
   for (size_t i = 0; i < sources.size(); ++i) backend.copy(*sources[i].tensor, *targets[i].tensor);
 }
 
-Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
-              Saved* saved) {
+namespace {
+
+// hidden() of ids that are rows of `table`, and logits by the rows of `head`.
+Tensor hidden(Backend& backend, const Model& model, View table, View ids, const Rows& rows,
+              State* state, Saved* saved) {
   Tensor kept;
   Tensor x(backend, DType::f32, {rows.total(), model.config.d});
-  backend.run(Embed{.ids = brought(backend, ids, kept), .table = model.embedding, .y = x});
+  backend.run(Embed{.ids = brought(backend, ids, kept), .table = table, .y = x});
   return model.backbone.forward(backend, model.config, std::move(x), rows, state, saved);
 }
-
-Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
-  const int64_t v = model.config.predicted();
-  Tensor logits(backend, DType::f32, {hidden.rows(), v});
-  backend.run(Gemm{.a = hidden, .b = model.output().view().slice(0, v), .c = logits, .tb = true});
+Tensor logits_of(Backend& backend, View head, View hidden) {
+  Tensor logits(backend, DType::f32, {hidden.rows(), head.rows()});
+  backend.run(Gemm{.a = hidden, .b = head, .c = logits, .tb = true});
   return logits;
 }
 
-Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state) {
-  const int64_t v = model.config.predicted();
-  Tensor logits(backend, DType::f32, {rows.total(), v});
-  const MambaStep ends{.ids = ids,
-                       .table = model.embedding,
-                       .head = model.output().view().slice(0, v),
-                       .logits = logits};
+}  // namespace
+
+Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
+              Saved* saved) {
+  return hidden(backend, model, model.embedding, ids, rows, state, saved);
+}
+
+Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
+  return logits_of(backend, model.output().view().slice(0, model.config.predicted()), hidden);
+}
+
+Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
+                   Softmax read, Softmax drawn) {
+  const View table = model.embedding.view().slice(read.begin, read.count),
+             head = model.output().view().slice(drawn.begin, drawn.count);
+  Tensor logits(backend, DType::f32, {rows.total(), head.rows()});
+  const MambaStep ends{.ids = ids, .table = table, .head = head, .logits = logits};
   if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;
-  return lm_logits(backend, model, hidden(backend, model, ids, rows, state));
+  return logits_of(backend, head, hidden(backend, model, table, ids, rows, state, nullptr));
+}
+
+Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state) {
+  return step_logits(backend, model, ids, rows, state, {0, model.config.vocab},
+                     {0, model.config.predicted()});
 }
 
 std::vector<Softmax> softmaxes(const Config& config) {

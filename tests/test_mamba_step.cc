@@ -1,7 +1,7 @@
-// Decoding in one op (MambaStep) on the GPU against the ops it stands for on the CPU: batch sizes,
-// shapes, states that fork, start and end, prefill and decoding on the same slots; networks that it
-// declines go on with the ops. The same bits whatever the repeat: what its barriers do not order
-// would show.
+// Decoding in one op (MambaStep) on the GPU against the CPU, whose own is held against the ops it
+// stands for in test_cpu_step.cc: batch sizes, shapes, states that fork, start and end, prefill and
+// decoding on the same slots; networks that it declines go on with the ops. The same bits whatever
+// the repeat: what its barriers do not order would show.
 #include <gtest/gtest.h>
 
 #include <algorithm>

@@ -202,7 +202,7 @@ void conv_backward_cell(const Conv1dBackward& op, const Cell& cell, const uint8_
   }
 }
 
-// The cell functions by number of taps, 1 to kMostTaps.
+// The cell functions by number of taps, 1 to kMostConvTaps.
 using ForwardCell = void (*)(const Conv1d&, const Cell&, float*);
 using BackwardCell = void (*)(const Conv1dBackward&, const Cell&, const uint8_t*, float*, float*);
 
@@ -232,7 +232,6 @@ HWY_EXPORT(backward_cell);
 
 namespace {
 
-constexpr int64_t kMostTaps = 8;
 constexpr int64_t kParallelWork = 32 << 10;  // channels x steps from which threads pay
 
 template <class Op>
@@ -243,8 +242,8 @@ void check_operands(const char* name, const Op& op) {
   const int64_t t = op.rows->total(), c = op.x.cols(), w = op.weight.cols();
   expect(name, "x", op.x, DType::f32, {t, c});
   expect(name, "weight", op.weight, DType::f32, {c, w});
-  check(w >= 1 && w <= kMostTaps, "{}: weight is {}, expected 1 to {} taps", name,
-        op.weight.shape(), kMostTaps);
+  check(w >= 1 && w <= kMostConvTaps, "{}: weight is {}, expected 1 to {} taps", name,
+        op.weight.shape(), kMostConvTaps);
   expect_if(name, "bias", op.bias, DType::f32, {c});
   check(!op.reverse || op.rows->slots() == 0,
         "{}: a piece carries state, expected whole sequences with reverse", name);
@@ -260,6 +259,10 @@ void check_state(const char* name, const char* operand, const View& state, const
 }
 
 }  // namespace
+
+void conv1d_cell(const Conv1d& op, const Cell& cell, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(forward_cell)(op.weight.cols())(op, cell, scratch);
+}
 
 void CpuBackend::run(const Conv1d& op) {
   check_operands("conv1d", op);

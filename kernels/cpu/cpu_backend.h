@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "kernels/cpu/grid.h"
 #include "kernels/ops.h"
 
 namespace coil {
@@ -12,6 +13,14 @@ namespace coil {
 constexpr int64_t kScanBlock = scan_block(Device{});
 
 Blocks::Device cpu_memory(int64_t limit);  // backend.cc
+
+// What MambaStep takes of other ops, on the calling thread and without their checks; `scratch` is
+// the thread's own.
+constexpr int64_t kMostConvTaps = 8;
+void norm_rows_of(const Norm& op, int64_t begin, int64_t end);
+void conv1d_cell(const Conv1d& op, const Cell& cell, float* scratch);  // channels x taps
+void selective_scan_cell(const SelectiveScan& op, const Cell& cell, float* scratch);
+int64_t scan_cell_floats(int64_t channels, int64_t n);  // of its scratch
 
 class CpuBackend final : public Backend {
  public:
@@ -43,6 +52,7 @@ class CpuBackend final : public Backend {
   void run(const S4dScanBackward&) override;
   void run(const Glu&) override;
   void run(const GluBackward&) override;
+  bool try_run(const MambaStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;

@@ -122,6 +122,10 @@ constexpr int64_t kRows =
 constexpr int64_t kParallel = 32 << 10;  // elements from which threads pay
 }  // namespace
 
+void norm_rows_of(const Norm& op, int64_t begin, int64_t end) {
+  HWY_DYNAMIC_DISPATCH(norm_rows)(op, begin, end);
+}
+
 void CpuBackend::run(const Norm& op) {
   expect_rank("norm", "x", op.x, 2);
   const int64_t t = op.x.rows(), d = op.x.cols();

@@ -247,6 +247,15 @@ namespace coil {
 HWY_EXPORT(lanes);
 HWY_EXPORT(scan_cell);
 
+void selective_scan_cell(const SelectiveScan& op, const Cell& cell, float* scratch) {
+  HWY_DYNAMIC_DISPATCH(scan_cell)(op, cell, {.first_checkpoint = nullptr, .scratch = scratch});
+}
+
+int64_t scan_cell_floats(int64_t channels, int64_t n) {
+  const int64_t width = HWY_DYNAMIC_DISPATCH(lanes)();
+  return scratch_floats((channels + width - 1) / width, n, width);
+}
+
 void CpuBackend::run(const SelectiveScan& op) {
   check_scan_operands("selective_scan", *this, op);
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
