@@ -17,9 +17,10 @@ namespace {
 
 using namespace cuda;  // of this file only
 
-constexpr int kAhead = 4;   // rows of 16 bytes in flight
+constexpr int kAhead = 5;   // rows of 16 bytes in flight
 constexpr int kBlocks = 4;  // of a multiprocessor: 128 registers a thread, enough for four taps
-constexpr int64_t kLongestTile = 64;  // overlaps by 5 % of x
+// Overlaps by 2 % of x. A batch of less than a round is cut finer.
+constexpr int64_t kLongestTile = 128, kLongestOfOneRound = 64;
 
 template <class T>
 struct Forward : ConvOperands<T> {
@@ -127,7 +128,8 @@ void CudaBackend::run(const Conv1d& op) {
     // ones in all.
     const int64_t share = div_up(t * groups, processors_ * kBlocks * kConvThreads);
     const int64_t rounds = div_up(share, kLongestTile);
-    const int64_t steps = rounds > 1 ? div_up(share, rounds) : std::min(2 * share, kLongestTile);
+    const int64_t steps =
+        rounds > 1 ? div_up(share, rounds) : std::min(2 * share, kLongestOfOneRound);
     Forward<T> forward;
     set_operands(forward, op, std::max(div_up(steps, kAhead) * kAhead, kShortestTile));
     forward.y = op.y.as<T>();
