@@ -185,6 +185,28 @@ TEST_P(MambaStepTest, FromIdsToLogits) {
   }
 }
 
+// Networks that are cut alike take turns on one backend.
+TEST_P(MambaStepTest, NetworksTakeTurns) {
+  std::vector<Pair> pairs;
+  for (const auto& [layers, vocab] : {std::pair{6, 256}, {7, 256}, {6, 250}}) {
+    Config config = config_of({64, 128, 16, 4, 8, layers});
+    config.vocab = vocab;
+    pairs.push_back(make(config, 3));
+  }
+  for (int round = 0; round < 2; ++round)
+    for (Pair& pair : pairs) {
+      const Config& config = pair.on_gpu.config;
+      std::vector<int32_t> ids = random_ids(3, static_cast<int>(config.vocab), 9);
+      std::vector<Piece> pieces = steps(3, round);
+      for (Piece& piece : pieces) piece.to = static_cast<int32_t>(piece.begin);
+      const Rows on_gpu(*gpu, pieces), on_cpu(*cpu, pieces);
+      expect_close(
+          values_of(*gpu, step_logits(*gpu, pair.on_gpu, ids_view(ids), on_gpu, &pair.gpu_state)),
+          values_of(*cpu, step_logits(*cpu, pair.on_cpu, ids_view(ids), on_cpu, &pair.cpu_state)),
+          fmt::format("{} layers, vocabulary {}", config.layers.size(), config.vocab));
+    }
+}
+
 // What it declines, the ops do: the answer is there all the same.
 TEST_P(MambaStepTest, OtherNetworksTakeTheOps) {
   Config falcon = config_of({64, 128, 16, 4, 8, 2});

@@ -30,13 +30,20 @@ using namespace cuda;  // of this file only
 constexpr int64_t kMostSequences = 256;  // four launches; beyond, products are large
 constexpr int kFewRows = 4;              // of a group; with fewer, more groups read all weights
 
-// Whether bytes differ from those kept, which they then become.
-bool changed(std::vector<char>& kept, const void* data, size_t bytes) {
-  const auto* const from = static_cast<const char*>(data);
-  if (kept.size() == bytes && std::memcmp(kept.data(), from, bytes) == 0) return false;
-  kept.assign(from, from + bytes);
-  return true;
+bool same(const std::vector<char>& kept, const void* data, size_t bytes) {
+  return kept.size() == bytes && std::memcmp(kept.data(), data, bytes) == 0;
 }
+void keep(std::vector<char>& kept, const void* data, size_t bytes) {
+  const auto* const from = static_cast<const char*>(data);
+  kept.assign(from, from + bytes);
+}
+
+// What blocks copy, and where what they hand on stands, is the same for the same of these.
+struct StepKey {
+  StepCut cut;
+  StepShape shape;
+  int layers, element;
+};
 
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 1)
@@ -166,11 +173,12 @@ bool CudaBackend::try_run(const MambaStep& op) {
   bool done = false;
   const int layer_count = static_cast<int>(op.layers.size());
   const auto keep_there = [&](StepBytes& bytes, const void* data, size_t count) {
-    if (!changed(bytes.here, data, count) && bytes.there) return;
+    if (bytes.there && same(bytes.here, data, count)) return;
     free(bytes.there);
     bytes.there = nullptr;
     bytes.there = alloc(static_cast<int64_t>(count));
     upload(data, bytes.there, static_cast<int64_t>(count));
+    keep(bytes.here, data, count);
   };
   with_type(name, model.in_proj, [&](auto type) {
     using T = decltype(type);
@@ -212,12 +220,12 @@ bool CudaBackend::try_run(const MambaStep& op) {
     end.operand[kNorm] = op.norm_f.data;
     end.operand[kInProj] = op.head.data;
     keep_there(step_.layers, layers.data(), layers.size() * sizeof(StepLayer));
-    // Copies are those of whole groups, whatever the rows.
-    StepCut whole = cut;
-    whole.rows = whole.groups = 0;
-    if (changed(step_.cut_copied, &whole, sizeof whole)) {
+    StepKey key{.cut = cut, .shape = shape, .layers = layer_count, .element = sizeof(T)};
+    key.cut.rows = key.cut.groups = 0;  // copies are those of whole groups, whatever the rows
+    if (!same(step_.copied_for, &key, sizeof key)) {
       const std::vector<StepCopies> copies = all_copies<T>(cut, shape, layer_count);
       keep_there(step_.copies, copies.data(), copies.size() * sizeof(StepCopies));
+      keep(step_.copied_for, &key, sizeof key);
     }
 
     Step<T> step;
@@ -234,18 +242,21 @@ bool CudaBackend::try_run(const MambaStep& op) {
       // The last launch may have fewer rows; they are cut for the same blocks and memory.
       cut.rows = static_cast<int>(std::min(per_launch, t - begin));
       cut.groups = static_cast<int>(div_up(cut.rows, cut.group_rows));
-      // With the same cut as before, the last launch left the coming generation clear.
+      // With the same key as before, the last launch left the coming generation clear.
       const int64_t bytes = kGenerations * cut.generation;
       if (bytes > step_.handed_bytes) {
-        step_.cut.clear();
+        step_.handed_for.clear();
         free(step_.handed);
         step_.handed = nullptr;
         step_.handed_bytes = 0;
         step_.handed = static_cast<char*>(alloc(bytes));
         step_.handed_bytes = bytes;
       }
-      if (changed(step_.cut, &cut, sizeof cut))
+      key.cut = cut;
+      if (!same(step_.handed_for, &key, sizeof key)) {
         check_call(cudaMemsetAsync(step_.handed, 0xff, bytes, stream_), name);
+        keep(step_.handed_for, &key, sizeof key);
+      }
       step.cut = cut;
       step.handed = step_.handed;
       step.generation = step_.generation;

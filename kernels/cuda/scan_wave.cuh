@@ -2,20 +2,19 @@
 // A block takes 32 channels (a lane each) of one piece, its warps tiles of kScanSteps steps in
 // turn. Decays and inputs need no state, so a warp computes those of four states for all its steps
 // ahead, waits for the four states that the warp before ends in, walks, hands on, and only then
-// makes y. One wave of states runs around the block's warps for each four of them; named barriers,
-// one for each warp and four states, keep neighbours in step. No second pass, no other
-// synchronisation.
+// makes y. One wave of states runs around the block's warps for each four of them; barriers, one
+// for each warp and four states, keep neighbours in step. No second pass, no other synchronisation.
 //
 // Limit: issue slots (see selective_scan.cu), 143 instructions and 19 powers and divisions a
 // channel's step, 219. H100: 0.200 ms for 8 sequences of 2,048 steps of 1,536 channels, 266 slots,
 // 82 % of it.
 #pragma once
 
-#include "kernels/cuda/scan.cuh"
+#include "kernels/cuda/letters.cuh"
 
 namespace coil::cuda {
 
-constexpr int kWaveWarps = 4, kWaveFew = 4, kWaveFours = kStates / kWaveFew;
+constexpr int kWaveWarps = 4, kWaveFew = kLetterStates, kWaveFours = kStates / kWaveFew;
 
 template <class T>
 struct WaveWarp {               // a warp's shared memory
@@ -26,19 +25,8 @@ template <class T>
 struct WaveBlock {
   WaveWarp<T> warp[kWaveWarps];
   float4 mail[kWaveWarps][kWaveFours][32];  // states that warps end in
+  uint64_t posted[kWaveWarps][kWaveFours];  // barriers
 };
-
-// Waits for, and announces, the states of one warp: 32 lanes wait, 32 arrive.
-__device__ inline void wait_for_mail(int barrier) {
-#ifdef __CUDA_ARCH__
-  asm volatile("barrier.cta.sync.aligned %0, 64;" ::"r"(barrier) : "memory");
-#endif
-}
-__device__ inline void announce_mail(int barrier) {
-#ifdef __CUDA_ARCH__
-  asm volatile("barrier.cta.arrive.aligned %0, 64;" ::"r"(barrier) : "memory");
-#endif
-}
 
 // Requires a gate, kStates states, e a multiple of 32, whole words in x, dt, z, and B and C that
 // can be read four states at a time.
@@ -116,6 +104,8 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
   op.rates(channel, rate);
   const float bias = op.dt_bias[channel], D = op.D[channel];
 
+  if (lane < kWaveFours) empty_mail(&shared.posted[warp][lane]);
+  __syncthreads();
   // The first tile, like any other, finds its states where the warp before puts them.
   if (warp == kWaveWarps - 1) {
     const float* const from = piece.from >= 0 ? op.state_at(piece.from, channel) : nullptr;
@@ -124,7 +114,7 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
       float4 state = {0, 0, 0, 0};
       if (from) state = {from[4 * f], from[4 * f + 1], from[4 * f + 2], from[4 * f + 3]};
       shared.mail[warp][f][lane] = state;
-      announce_mail(warp * kWaveFours + f);
+      post_letter(&shared.posted[warp][f]);
     }
   }
   int buffer = 0;
@@ -160,14 +150,14 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
           a[s][i] = fast_exp2(delta[s] * rate[f * kWaveFew + i]);
           h[s][i] = u[s] * own.matrices.B[s][f * kWaveFew + i];
         }
-      wait_for_mail(before * kWaveFours + f);
-      const float4 state = shared.mail[before][f][lane];
+      wait_for_letter(&shared.posted[before][f], buffer);  // rounds take turns as buffers do
+      float start[kWaveFew];
+      read_letter(shared.mail[before][f][lane], start);
       if (op.checkpoints) {
         float* const to = checkpoint + static_cast<int64_t>(f * kWaveFew) * e;
-        to[0] = state.x, to[e] = state.y, to[int64_t{2} * e] = state.z,
-        to[int64_t{3} * e] = state.w;
+#pragma unroll
+        for (int i = 0; i < kWaveFew; ++i) to[int64_t{i} * e] = start[i];
       }
-      const float start[kWaveFew] = {state.x, state.y, state.z, state.w};
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s)
 #pragma unroll
@@ -175,7 +165,7 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
           h[s][i] = fmaf(a[s][i], s > 0 ? h[s - 1][i] : start[i], h[s][i]);
       const float* const last = h[kScanSteps - 1];
       shared.mail[warp][f][lane] = {last[0], last[1], last[2], last[3]};
-      if (tile + 1 < tiles) announce_mail(warp * kWaveFours + f);
+      post_letter(&shared.posted[warp][f]);
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s)
 #pragma unroll
