@@ -283,8 +283,8 @@ inline void OpCases::add_coarse() {
     on.run(Downsample{.x = x, .y = y, .state = rest, .rows = rows.get(), .p = p});
   });
   add("upsample", t * d, {lifted, x}, up, [=](Backend& on) {
-    on.run(Upsample{
-        .x = lifted, .residual = x, .y = sum, .state = next, .rows = rows.get(), .p = p});
+    on.run(
+        Upsample{.x = lifted, .residual = x, .y = sum, .state = next, .rows = rows.get(), .p = p});
   });
   add("downsample backward", t * d, {lifted, x}, down_back, [=](Backend& on) {
     on.run(DownsampleBackward{

@@ -255,17 +255,17 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
   for (size_t i = layers.size(); i-- > 0;) {
     const Saved::Block& block = saved.blocks[i];
     if (config.mlp > 0) {
-      const Tensor dnormed = coil::backward(backend, config, layers[i].mlp, block.mlp, dout,
-                                            grad.layers[i].mlp);
+      const Tensor dnormed =
+          coil::backward(backend, config, layers[i].mlp, block.mlp, dout, grad.layers[i].mlp);
       add_through_norm(block.mlp_residual, layers[i].mlp_norm, block.mlp_rstd, dnormed,
                        grad.layers[i].mlp_norm);
     }
     const Tensor dnormed = std::visit(
         [&]<class Weights>(const Weights& weights) {
-          return coil::backward(
-              backend, config, weights, std::get<typename Of<Weights>::Saved>(block.mixer), rows,
-              dout, state_of(saved.initial, i, weights), state_of(dstate, i, weights),
-              std::get<Weights>(grad.layers[i].mixer));
+          return coil::backward(backend, config, weights,
+                                std::get<typename Of<Weights>::Saved>(block.mixer), rows, dout,
+                                state_of(saved.initial, i, weights), state_of(dstate, i, weights),
+                                std::get<Weights>(grad.layers[i].mixer));
         },
         layers[i].mixer);
     add_through_norm(block.residual, layers[i].norm, block.rstd, dnormed, grad.layers[i].norm);

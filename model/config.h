@@ -57,7 +57,8 @@ struct Config {
     std::vector<LayerConfig> layers;
   };
   std::vector<Stage> inner;
-  int64_t mlp = 0;  // mlp: inner width of the MLP behind each mixer, in widths of its layer; 0: none
+  int64_t mlp =
+      0;  // mlp: inner width of the MLP behind each mixer, in widths of its layer; 0: none
   Objective objective = Objective::lm;
   int64_t s4d_states = 32;          // s4d.states: complex, each of a conjugate pair, a channel
   S4dInit s4d_init = S4dInit::lin;  // s4d.init: initialisation only, as time_step_min and _max

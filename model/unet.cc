@@ -13,8 +13,8 @@ namespace {
 // Slots of the coarser stage whose state passes through unread and unwritten: pieces that finish no
 // coarse step, of sequences that have finished some.
 struct Passing {
-  std::vector<Piece> pieces;    // each a fork, or with from or to -1
-  std::vector<uint8_t> read;    // slots that the coarser stage itself reads
+  std::vector<Piece> pieces;  // each a fork, or with from or to -1
+  std::vector<uint8_t> read;  // slots that the coarser stage itself reads
 };
 Passing passing(const Rows& rows, int64_t p) {
   Passing found;
@@ -99,8 +99,7 @@ Tensor forward(Backend& backend, const InnerStage& inner, DType act, Tensor x, c
   Tensor lifted;  // (m, coarse), what p steps get from the coarse one before them
   if (m > 0) {
     Tensor u(backend, DType::f32, {m, d});
-    backend.run(
-        Gemm{.a = steps, .b = inner.down, .c = u, .bias = inner.down_bias, .tb = true});
+    backend.run(Gemm{.a = steps, .b = inner.down, .c = u, .bias = inner.down_bias, .tb = true});
     if (saved)
       saved->steps = std::move(steps);
     else

@@ -94,13 +94,10 @@ struct Operands {
     return {.dy = dup, .dx = dlifted, .dstate = or_none(dnext), .rows = &rows, .p = c.p};
   }
   reference::CoarseShape shape() const { return {.d = c.d, .p = c.p}; }
-  Arrays<double> down_arrays() const {
-    return {{"x", x.values()}, {"state", rest_start.values()}};
-  }
+  Arrays<double> down_arrays() const { return {{"x", x.values()}, {"state", rest_start.values()}}; }
   Arrays<double> up_arrays() const {
-    return {{"x", lifted.values()},
-            {"residual", residual.values()},
-            {"state", next_start.values()}};
+    return {
+        {"x", lifted.values()}, {"residual", residual.values()}, {"state", next_start.values()}};
   }
   void run_all() {
     backend->run(downsample());
@@ -287,8 +284,7 @@ TEST(Downsample, ErrorsNameOpAndOperand) {
   EXPECT_EQ(message_of(*o.backend, op), "downsample: p is 1, expected 2 or more");
   Upsample up = o.upsample();
   up.state = up.state.slice(0, 1);
-  EXPECT_EQ(message_of(*o.backend, up),
-            "upsample: state is (1, 32) f32, expected 3 slots or more");
+  EXPECT_EQ(message_of(*o.backend, up), "upsample: state is (1, 32) f32, expected 3 slots or more");
   UpsampleBackward back = o.upsample_backward();
   back.rows = nullptr;
   EXPECT_EQ(message_of(*o.backend, back), "upsample backward: rows are missing");
