@@ -104,21 +104,30 @@ void RunLog::add(const std::string& line) {
   check(std::fclose(file) == 0 && written, "cannot write '{}': {}", path_, std::strerror(errno));
 }
 
+namespace {
+
+std::string mixers_text(const std::vector<LayerConfig>& layers) {  // one name where all are alike
+  const MixerKind first = layers[0].mixer;
+  const bool alike =
+      std::ranges::all_of(layers, [&](const LayerConfig& layer) { return layer.mixer == first; });
+  return alike ? name_of(first) : mixer_names(layers);
+}
+
+}  // namespace
+
 std::string network_text(const Config& config) {
   const std::string mlp = config.mlp > 0 ? fmt::format(", MLP {}", config.mlp) : "";
-  if (config.inner.empty())
+  if (config.inner.empty()) {
+    const bool own = config.model_type == "coil";
     return fmt::format("{}{}, d {}, n {}{}", counted(all_layers(config), "layer"),
-                       config.model_type == "coil" ? fmt::format(" ({})", mixer_names(config)) : "",
-                       config.d, config.n, mlp);
+                       own ? fmt::format(" ({})", mixers_text(config.layers)) : "", config.d,
+                       config.n, mlp);
+  }
   std::string layers, widths, pool;
   for (Config stage = config;; stage = inner_config(stage)) {
-    const auto same = [&](const LayerConfig& layer) {
-      return layer.mixer == stage.layers[0].mixer;
-    };
-    layers += fmt::format("{}{} {}", layers.empty() ? "" : " / ", stage.layers.size(),
-                          std::ranges::all_of(stage.layers, same) ? name_of(stage.layers[0].mixer)
-                                                                  : mixer_names(stage.layers));
-    widths += fmt::format("{}{}", widths.empty() ? "" : " / ", stage.d);
+    const char* const between = layers.empty() ? "" : " / ";
+    layers += fmt::format("{}{} {}", between, stage.layers.size(), mixers_text(stage.layers));
+    widths += fmt::format("{}{}", between, stage.d);
     if (stage.inner.empty()) break;
     pool += fmt::format("{}{}", pool.empty() ? "" : ", ", stage.inner[0].pool);
   }
