@@ -29,6 +29,7 @@ using OrderedJson = nlohmann::ordered_json;
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - 1;  // of one dimension
 constexpr int64_t kMaxLayers = 1 << 16;
 constexpr int64_t kMaxPool = 1 << 16;  // steps of a coarse one
+constexpr size_t kMaxInner = 8;        // stages inside
 constexpr int64_t kMaxParameters = int64_t{1} << 40;
 constexpr int64_t kMaxBytes = 16 << 20;  // of config.json and labels.txt
 
@@ -199,10 +200,11 @@ void parse_unet(const Json& value, const std::string& where, Config& config) {
   const Reader json(value, where, "coil.unet.");
   const auto sizes = [&](const char* key, int64_t low, int64_t high, size_t count) {
     const Json& list = json.need(key);
-    const bool fits = list.is_array() && (count == 0 ? !list.empty() : list.size() == count);
+    const bool fits = list.is_array() && (count == 0 ? !list.empty() && list.size() <= kMaxInner
+                                                     : list.size() == count);
     const std::string expected = fmt::format(
-        "a list of {} from {} to {}",
-        count == 0 ? "whole numbers" : fmt::format("{} whole numbers", count), low, high);
+        "a list of {} whole numbers from {} to {}",
+        count == 0 ? fmt::format("1 to {}", kMaxInner) : std::to_string(count), low, high);
     if (!fits) json.refuse(key, expected, list);
     std::vector<int64_t> all;
     for (const Json& entry : list) {
@@ -398,7 +400,9 @@ std::vector<int64_t> parse_sizes(const char* what, const std::string& text, int6
 void add_stages(Config& config, const std::string& pool, const std::string& widths,
                 const std::string& mixers) {
   const std::vector<int64_t> factors = parse_sizes("pool", pool, 2, kMaxPool);
-  check(!factors.empty(), "pool: expected whole numbers from 2 to {}, found none", kMaxPool);
+  check(!factors.empty() && factors.size() <= kMaxInner,
+        "pool '{}': expected 1 to {} whole numbers from 2 to {}, found {}", pool, kMaxInner,
+        kMaxPool, factors.size());
   const std::vector<int64_t> given = parse_sizes("widths", widths, 1, kMaxSize / kMaxPool);
   check(given.empty() || given.size() == factors.size(),
         "widths '{}': expected {}, one for each number of pool, found {}", widths, factors.size(),

@@ -150,9 +150,10 @@ TEST(Config, StagesOfAUNet) {
             "m/config.json: coil.unet.\"pools\": expected pool, widths or layers; the model needs "
             "a newer Coil");
   EXPECT_EQ(with(unet + "{}"), "m/config.json: coil.unet.pool is missing");
-  EXPECT_EQ(with(unet + R"({"pool": [4, 1]})"),
-            "m/config.json: coil.unet.pool: expected a list of whole numbers from 2 to 65536, "
-            "found 1");
+  EXPECT_EQ(
+      with(unet + R"({"pool": [4, 1]})"),
+      "m/config.json: coil.unet.pool: expected a list of 1 to 8 whole numbers from 2 to 65536, "
+      "found 1");
   EXPECT_EQ(with(unet + R"({"pool": [4, 2], "widths": [40, 80]})"),
             "m/config.json: coil.unet.widths: expected a list of 3 whole numbers from 1 to 32767, "
             "found an array");
@@ -188,7 +189,8 @@ TEST(Config, StagesByTheirPool) {
   EXPECT_EQ(refused("4,x", "", "s4d"),
             "pool '4,x': expected whole numbers from 2 to 65536, found 'x'");
   EXPECT_EQ(refused("1", "", "s4d"), "pool '1': expected whole numbers from 2 to 65536, found '1'");
-  EXPECT_EQ(refused("", "", "s4d"), "pool: expected whole numbers from 2 to 65536, found none");
+  EXPECT_EQ(refused("", "", "s4d"),
+            "pool '': expected 1 to 8 whole numbers from 2 to 65536, found 0");
   EXPECT_EQ(refused("4,4", "128", "s4d"),
             "widths '128': expected 2, one for each number of pool, found 1");
   EXPECT_EQ(refused("4", "", "s4d/s4d/s4d"),

@@ -1,6 +1,7 @@
 // Down- and up-pooling of a backend, forward and backward, against the scalar oracle: ragged
 // batches at every phase, states carried, forked and discarded, chunks, the coarse batch.
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <limits>
@@ -241,6 +242,33 @@ TEST(Downsample, ChunksAgreeWithOneShot) {
     EXPECT_EQ(o.rest.values(), rest) << "chunks of " << chunk;
     EXPECT_EQ(o.next.values(), next) << "chunks of " << chunk;
   }
+}
+
+// Rows that stand 2^31 elements apart, in a mapping of which only the pages touched exist.
+TEST(Downsample, StridesMayPassTwoToThe31) {
+  const int64_t stride = (int64_t{1} << 31) + 4096, t = 9, bytes = t * stride * sizeof(float);
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  ASSERT_NE(memory, MAP_FAILED);
+  Operands o({.pieces = whole_pieces({t})});
+  o.run_all();
+  const auto down = o.down.values(), up = o.up.values();
+  View far = o.x.view();
+  far.data = memory;
+  far.stride[0] = stride;
+  for (int64_t i = 0; i < t; ++i) std::copy_n(o.x.view().row<float>(i), o.c.d, far.row<float>(i));
+  Downsample op = o.downsample();
+  op.x = far;
+  o.down.fill(0);
+  o.backend->run(op);
+  EXPECT_EQ(o.down.values(), down);
+  for (int64_t i = 0; i < t; ++i)
+    std::copy_n(o.residual.view().row<float>(i), o.c.d, far.row<float>(i));
+  Upsample back = o.upsample();
+  back.residual = back.y = far;
+  o.backend->run(back);
+  EXPECT_EQ(Guarded::values(far), up);
+  munmap(memory, bytes);
 }
 
 TEST(Downsample, TheCoarseBatchHoldsThePiecesThatAreDue) {
