@@ -29,7 +29,7 @@ constexpr Preset kPresets[] = {
     {"dna-base", false, Objective::classify, 256, 8, 2e-3, 8192},
     {"audio-tiny", true, Objective::lm, 64, 2, 6e-3, 16'384},
     {"audio-small", true, Objective::lm, 128, 4, 4e-3, 32'768},
-    {"audio-base", true, Objective::lm, 64, 8, 2e-3, 65'536, true},
+    {"audio-base", true, Objective::lm, 64, 8, 4e-3, 65'536, true},
 };
 // What older checkpoints lack; their defaults are what those runs had.
 constexpr std::string_view kLater[] = {
