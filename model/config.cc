@@ -5,7 +5,6 @@
 #include "model/config.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <initializer_list>
 #include <nlohmann/json.hpp>
@@ -21,15 +20,11 @@ namespace coil {
 namespace {
 
 using Json = nlohmann::json;
-constexpr std::pair<const char*, MixerKind> kMixers[] = {{"mamba1", MixerKind::mamba1},
-                                                         {"s4d", MixerKind::s4d}};
 constexpr const char* kS4dInits[] = {"lin", "inv", "legs"};  // by S4dInit
 using OrderedJson = nlohmann::ordered_json;
 
 constexpr int64_t kMaxSize = (int64_t{1} << 31) - 1;  // of one dimension
 constexpr int64_t kMaxLayers = 1 << 16;
-constexpr int64_t kMaxPool = 1 << 16;  // steps of a coarse one
-constexpr size_t kMaxInner = 8;        // stages inside
 constexpr int64_t kMaxParameters = int64_t{1} << 40;
 constexpr int64_t kMaxBytes = 16 << 20;  // of config.json and labels.txt
 
@@ -183,10 +178,9 @@ void parse_layers(const Json& list, const Reader& json, Config& config) {
     json.refuse("mixers", fmt::format("a list of {} names", layers.size()), list);
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string name = list[i].is_string() ? list[i].get<std::string>() : std::string();
-    const auto found =
-        std::ranges::find_if(kMixers, [&](const auto& m) { return name == m.first; });
-    if (found == std::end(kMixers)) json.refuse("mixers", "\"mamba1\" or \"s4d\"", list[i]);
-    layers[i]->mixer = found->second;
+    const std::optional<MixerKind> mixer = mixer_named(name);
+    if (!mixer) json.refuse("mixers", "\"mamba1\" or \"s4d\"", list[i]);
+    layers[i]->mixer = *mixer;
   }
 }
 
@@ -215,7 +209,7 @@ void parse_unet(const Json& value, const std::string& where, Config& config) {
     return all;
   };
   const std::vector<int64_t> pool = sizes("pool", 2, kMaxPool, 0);
-  const std::vector<int64_t> widths = sizes("widths", 1, kMaxSize / kMaxPool, pool.size() + 1);
+  const std::vector<int64_t> widths = sizes("widths", 1, kMaxStageWidth, pool.size() + 1);
   const std::vector<int64_t> layers = sizes("layers", 1, kMaxLayers, pool.size() + 1);
   if (widths[0] != config.d)
     json.refuse("widths", fmt::format("hidden_size, {}, as the first", config.d),
@@ -325,106 +319,6 @@ std::vector<std::string> parse_labels(const std::string& text, const std::string
 }
 
 }  // namespace
-
-const char* name_of(MixerKind kind) {
-  return std::ranges::find(kMixers, kind, &std::pair<const char*, MixerKind>::second)->first;
-}
-
-std::vector<LayerConfig> parse_mixers(const std::string& names, int64_t layers) {
-  std::vector<LayerConfig> pattern;
-  std::istringstream list(names);
-  for (std::string name; std::getline(list, name, ',');) {
-    const auto found =
-        std::ranges::find_if(kMixers, [&](const auto& m) { return name == m.first; });
-    check(found != std::end(kMixers), "mixers '{}': expected mamba1 or s4d, found '{}'", names,
-          name);
-    pattern.push_back({found->second});
-  }
-  check(!pattern.empty(), "mixers: expected names, found none");
-  std::vector<LayerConfig> all;
-  for (int64_t i = 0; i < layers; ++i) all.push_back(pattern[i % pattern.size()]);
-  return all;
-}
-
-std::string mixer_names(const std::vector<LayerConfig>& layers) {
-  std::string names;
-  for (const LayerConfig& layer : layers)
-    names += fmt::format("{}{}", names.empty() ? "" : ",", name_of(layer.mixer));
-  return names;
-}
-
-std::string mixer_names(const Config& config) {
-  std::string names = mixer_names(config.layers);
-  for (const Config::Stage& stage : config.inner) names += "/" + mixer_names(stage.layers);
-  return names;
-}
-
-int64_t all_layers(const Config& config) {
-  size_t count = config.layers.size();
-  for (const Config::Stage& stage : config.inner) count += stage.layers.size();
-  return static_cast<int64_t>(count);
-}
-
-Config inner_config(const Config& config) {
-  COIL_ASSERT(!config.inner.empty());
-  const Config::Stage& stage = config.inner[0];
-  Config inside = config;
-  inside.d = stage.d;
-  inside.e = std::max<int64_t>(1, config.e * stage.d / config.d);
-  inside.dt_rank = (config.dt_rank * stage.d + config.d - 1) / config.d;
-  inside.layers = stage.layers;
-  inside.inner.erase(inside.inner.begin());
-  inside.labels.clear();
-  inside.unknown.clear();
-  return inside;
-}
-
-namespace {
-
-std::vector<int64_t> parse_sizes(const char* what, const std::string& text, int64_t low,
-                                 int64_t high) {
-  std::vector<int64_t> sizes;
-  std::istringstream list(text);
-  for (std::string word; std::getline(list, word, ',');) {
-    int64_t size = 0;
-    const auto [stop, error] = std::from_chars(word.data(), word.data() + word.size(), size);
-    check(error == std::errc() && stop == word.data() + word.size() && size >= low && size <= high,
-          "{} '{}': expected whole numbers from {} to {}, found '{}'", what, text, low, high, word);
-    sizes.push_back(size);
-  }
-  return sizes;
-}
-
-}  // namespace
-
-void add_stages(Config& config, const std::string& pool, const std::string& widths,
-                const std::string& mixers) {
-  const std::vector<int64_t> factors = parse_sizes("pool", pool, 2, kMaxPool);
-  check(!factors.empty() && factors.size() <= kMaxInner,
-        "pool '{}': expected 1 to {} whole numbers from 2 to {}, found {}", pool, kMaxInner,
-        kMaxPool, factors.size());
-  const std::vector<int64_t> given = parse_sizes("widths", widths, 1, kMaxSize / kMaxPool);
-  check(given.empty() || given.size() == factors.size(),
-        "widths '{}': expected {}, one for each number of pool, found {}", widths, factors.size(),
-        given.size());
-  std::vector<std::string> names;
-  std::istringstream list(mixers);
-  for (std::string of_stage; std::getline(list, of_stage, '/');) names.push_back(of_stage);
-  check(!names.empty() && names.size() <= factors.size() + 1,
-        "mixers '{}': expected names for up to {} stages, found {}", mixers, factors.size() + 1,
-        names.size());
-  const auto count = static_cast<int64_t>(config.layers.size());
-  config.layers = parse_mixers(names[0], count);
-  config.inner.clear();
-  int64_t d = config.d;
-  for (size_t i = 0; i < factors.size(); ++i) {
-    d = given.empty() ? 2 * d : given[i];
-    config.inner.push_back(
-        {.pool = factors[i],
-         .d = d,
-         .layers = parse_mixers(names[std::min(i + 1, names.size() - 1)], count)});
-  }
-}
 
 const char* name_of(S4dInit init) { return kS4dInits[static_cast<int>(init)]; }
 

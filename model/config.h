@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@ namespace coil {
 
 enum class MixerKind : uint8_t { mamba1, s4d };
 const char* name_of(MixerKind kind);  // "mamba1", …, as in config.json
+std::optional<MixerKind> mixer_named(const std::string& name);
 struct LayerConfig {
   MixerKind mixer = MixerKind::mamba1;
 };
@@ -27,6 +29,10 @@ std::string mixer_names(const std::vector<LayerConfig>& layers);
 enum class S4dInit : uint8_t { lin, inv, legs };
 const char* name_of(S4dInit init);
 S4dInit parse_s4d_init(const std::string& name);
+
+// Of a U-Net: steps of a coarse one, the width of a stage, stages inside the outermost.
+constexpr int64_t kMaxPool = 1 << 16, kMaxStageWidth = 1 << 15;
+constexpr size_t kMaxInner = 8;
 
 enum class Objective : uint8_t { lm, classify };
 

@@ -155,7 +155,7 @@ TEST(Config, StagesOfAUNet) {
       "m/config.json: coil.unet.pool: expected a list of 1 to 8 whole numbers from 2 to 65536, "
       "found 1");
   EXPECT_EQ(with(unet + R"({"pool": [4, 2], "widths": [40, 80]})"),
-            "m/config.json: coil.unet.widths: expected a list of 3 whole numbers from 1 to 32767, "
+            "m/config.json: coil.unet.widths: expected a list of 3 whole numbers from 1 to 32768, "
             "found an array");
   EXPECT_EQ(with(unet + R"({"pool": [4], "widths": [32, 80], "layers": [2, 3]})"),
             "m/config.json: coil.unet.widths: expected hidden_size, 40, as the first, found 32");
