@@ -32,7 +32,7 @@ struct BenchOptions {
   std::string what = "model", only, preset;
   Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{0};
   double seconds = 2;
-  bool json = false, train = true, audio = false;
+  bool json = false, train = true;
   CommonOptions common;
 };
 
@@ -42,7 +42,7 @@ po::options_description describe(BenchOptions& options) {
       ("what", po::value(&options.what)->value_name("WHAT"),
        "ops: each operation; model, the default: prefill, decoding and training")  //
       ("preset", po::value(&options.preset)->value_name("NAME"),
-       "d, layers and vocabulary of a preset of coil train")  //
+       "network and vocabulary of a preset of coil train")  //
       ("d", option(options.d, "SIZE"),
        "width; inner width twice that, 16 states, dt rank a sixteenth")   //
       ("layers", option(options.layers, "COUNT"), "layers of the model")  //
@@ -291,13 +291,13 @@ std::string table_of(const std::vector<Figure>& figures) {
 
 void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   const int64_t batch = options.batch, length = options.length;
-  Config config;
+  TrainOptions network;
+  if (!options.preset.empty()) apply_preset(options.preset, network);
+  network.d = options.d;
+  network.layers = options.layers;
+  Config config = network_of(network);
   config.vocab = options.vocab;
-  config.d = options.d;
-  config.e = 2 * options.d;
-  config.dt_rank = std::max<int64_t>(1, options.d / 16);
-  config.layers = std::vector<LayerConfig>(options.layers);
-  if (options.audio) {
+  if (network.audio) {
     config.audio.rate = 16'000;
     config.vocab = audio_vocabulary(config);
   }
@@ -362,7 +362,7 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
                    {"precision", options.common.precision},
                    {"parameters", parameters(config)},
                    {"d", config.d},
-                   {"layers", config.layers.size()},
+                   {"layers", all_layers(config)},
                    {"vocab", config.vocab},
                    {"length", length},
                    {"batch", batch},
@@ -385,10 +385,10 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
     return;
   }
   out.write(fmt::format(
-      "{} parameters · d {} x {} layers · vocabulary {} · {} x {} steps · {} matrices · {}\n"
+      "{} parameters · {} · vocabulary {} · {} x {} steps · {} matrices · {}\n"
       "limit: every operation at the speed of a copy ({:.4g} GB/s), of a product ({:.4g} "
       "TFLOP/s in {}){}\n\n{}",
-      parameters(config), config.d, config.layers.size(), config.vocab, batch, length,
+      parameters(config), network_text(config), config.vocab, batch, length,
       options.common.precision, device_text(backend), limits.bytes / 1e9, limits.flops / 1e12,
       name_of(computed),
       limits.powers > 0 ? fmt::format(" or of powers of two ({:.3g} T/s)", limits.powers / 1e12)
@@ -411,7 +411,6 @@ int run_bench(int argc, char** argv) {
     apply_preset(options.preset, preset);
     if (values["d"].defaulted()) options.d.value = preset.d;
     if (values["layers"].defaulted()) options.layers.value = preset.layers;
-    options.audio = preset.audio;
   }
   for (const auto& [name, value] : {std::pair{"--d", options.d},
                                     {"--layers", options.layers},

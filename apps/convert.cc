@@ -113,7 +113,7 @@ int run_convert(int argc, char** argv) {
   }
   check(options.to != "huggingface" || model.config.model_type != "coil",
         "'{}': transformers has no network of these mixers: {}", options.in,
-        mixer_names(model.config.layers));
+        mixer_names(model.config));
   fs::create_directories(options.out, error);
   check(!error, "cannot make the folder '{}': {}", options.out, error.message());
   save_model(*backend, model, options.out, options.shard_size);

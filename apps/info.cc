@@ -50,9 +50,11 @@ std::string bytes_text(int64_t bytes) {
 
 // Tensors that differ only in the layer's number are one group: backbone.layers.*.mixer.D.
 std::string group_of(const std::string& name) {
-  const std::string prefix = "backbone.layers.";
-  if (!name.starts_with(prefix)) return name;
-  return prefix + "*" + name.substr(std::min(name.size(), name.find('.', prefix.size())));
+  const std::string layers = ".layers.";
+  const size_t found = name.find(layers);
+  if (found == name.npos) return name;
+  const size_t number = found + layers.size();
+  return name.substr(0, number) + "*" + name.substr(std::min(name.size(), name.find('.', number)));
 }
 
 struct Group {
@@ -106,7 +108,10 @@ std::string front_end_text(const Config& config) {
          (config.condition ? fmt::format(", given one of {} labels", config.labels.size()) : "");
 }
 
-std::string network_text(const Config& config) {
+std::string sizes_text(const Config& config) {
+  if (!config.inner.empty())
+    return fmt::format("{} · e {} · s4d states {} · conv {} · vocabulary {}", network_text(config),
+                       config.e, config.s4d_states, config.w, config.vocab);
   if (config.model_type == "coil")
     return fmt::format("{} · d {} · e {} · n {} · s4d states {} · conv {} · vocabulary {} · {}",
                        counted(static_cast<int64_t>(config.layers.size()), "layer"), config.d,
@@ -137,7 +142,7 @@ std::string text_of(const InfoOptions& options, const Config& config,
                     const MemoryRequest& request, const MemoryPlan& plan) {
   std::string text = fmt::format("model    {} · {}{}\nnetwork  {}\nfiles    {}\n",
                                  config.model_type, objective_text(config), front_end_text(config),
-                                 network_text(config), fmt::join(reader.files(), " "));
+                                 sizes_text(config), fmt::join(reader.files(), " "));
   if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
   for (const Config::Threshold& threshold : config.unknown)
     text += fmt::format("unknown  below {:.3f} at {} bases\n", threshold.probability,
@@ -217,14 +222,18 @@ std::string json_of(const InfoOptions& options, const Config& config,
   for (const Config::Threshold& threshold : config.unknown)
     json["unknown"].push_back(
         {{"length", threshold.length}, {"probability", threshold.probability}});
-  json["network"] = {{"layers", config.layers.size()},
+  json["network"] = {{"layers", all_layers(config)},
                      {"d", config.d},
                      {"e", config.e},
                      {"n", config.n},
                      {"conv", config.w},
                      {"dt_rank", config.dt_rank},
-                     {"mixers", mixer_names(config.layers)},
+                     {"mixers", mixer_names(config)},
+                     {"mlp", config.mlp},
                      {"vocabulary", config.vocab}};
+  for (const Config::Stage& stage : config.inner)
+    json["network"]["inner"].push_back(
+        {{"pool", stage.pool}, {"d", stage.d}, {"layers", stage.layers.size()}});
   json["files"] = reader.files();
   json["parameters"] = parameters(config);
   for (const Param& param : params) {

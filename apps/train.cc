@@ -92,7 +92,18 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("layers", size(o.layers, "COUNT"), "layers")                                     //
       ("state", size(o.n), "SSM state per channel")                                     //
       ("mixers", option(o.mixers, "LIST"),
-       "mamba1 | s4d, or a list such as s4d,mamba1: of the layers, repeated")                   //
+       "mamba1 | s4d, or a list such as s4d,mamba1: of the layers, repeated; of a U-Net's stages\n"
+       "s4d/mamba1, the last for all that follow")                                            //
+      ("topology", option(o.topology, "NAME"), "stack | unet: of a U-Net, --layers a stage")  //
+      ("pool", option(o.pool, "LIST"),
+       "U-Net: steps that are one in the next stage inside; 4,4 where left out")  //
+      ("widths", option(o.widths, "LIST"),
+       "U-Net: of the stages inside; each twice as wide where left out")  //
+      ("mlp",
+       po::value<int64_t>(&o.mlp)
+           ->default_value(o.mlp, o.mlp < 0 ? "auto" : std::to_string(o.mlp))
+           ->value_name("COUNT"),
+       "inner width of a gated MLP behind each mixer, in widths; 0: none; auto: 2 in a U-Net")  //
       ("s4d-states", size(o.s4d_states, "COUNT"), "complex states per channel")                 //
       ("s4d-init", option(o.s4d_init, "NAME"), "lin | inv | legs: S4D-Lin, S4D-Inv, S4D-LegS")  //
       ("pooling", choice(o.pooling, {{"mean", Pooling::mean}, {"last", Pooling::last}}, "pooling"),
@@ -266,7 +277,7 @@ int run_train(int argc, char** argv) {
       if (given.values["trim"].defaulted()) options.trim = config.audio.trim;
     }
     same("s4d-states", options.s4d_states, config.s4d_states);
-    for (const char* name : {"mixers", "s4d-init"})
+    for (const char* name : {"mixers", "s4d-init", "topology", "pool", "widths", "mlp"})
       check(given.values[name].defaulted(), "--{}: the network is that of --from", name);
   }
 

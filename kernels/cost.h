@@ -113,6 +113,20 @@ inline Cost cost_of(const GluBackward& op) {
   return {.flops = 5. * static_cast<double>(op.dy.count()),
           .bytes = bytes_of({op.x, op.dy, op.dx})};
 }
+inline Cost cost_of(const Downsample& op) {
+  return {.bytes = bytes_of({op.x, op.y}) + state_bytes(op.state, *op.rows)};
+}
+inline Cost cost_of(const DownsampleBackward& op) {
+  return {.flops = static_cast<double>(op.dx.count()),
+          .bytes = bytes_of({op.dy, op.dresidual, op.dx}) + state_bytes(op.dstate, *op.rows)};
+}
+inline Cost cost_of(const Upsample& op) {
+  return {.flops = static_cast<double>(op.y.count()),
+          .bytes = bytes_of({op.x, op.residual, op.y}) + state_bytes(op.state, *op.rows)};
+}
+inline Cost cost_of(const UpsampleBackward& op) {
+  return {.bytes = bytes_of({op.dy, op.dx}) + state_bytes(op.dstate, *op.rows)};
+}
 inline Cost cost_of(const Pool& op) {
   return {.flops = static_cast<double>(op.x.count()), .bytes = bytes_of({op.x, op.y})};
 }

@@ -101,6 +101,7 @@ class OpCases {
   void add_decode();
   void add_sequence();
   void add_s4d();
+  void add_coarse();
 
   Backend& backend_;
   OpShape shape_;
@@ -256,7 +257,42 @@ inline void OpCases::add_dense() {
   add("glu", 2. * t * d, {ab}, {gated}, [=](Backend& on) { on.run(Glu{.x = ab, .y = gated}); });
   add("glu backward", 5. * t * d, {ab, x}, {dab},
       [=](Backend& on) { on.run(GluBackward{.x = ab, .dy = x, .dx = dab}); });
+  add_coarse();
   add_optimizer();
+}
+
+// The meeting of two stages, 4 steps at a time. Sequences that go on are at different phases.
+inline void OpCases::add_coarse() {
+  const int64_t d = shape_.d, t = t_, slots = rows_.slots(), p = 4;
+  std::vector<Piece> pieces = shape_.pieces;
+  for (size_t i = 0; i < pieces.size(); ++i)
+    if (pieces[i].from >= 0) pieces[i].position = static_cast<int64_t>(5 * i + 6);
+  const auto rows = std::make_shared<const Rows>(backend_, std::move(pieces));
+  const int64_t m = rows->pooled(p).rows.total();
+  const View x = values({t, d}), y = activations({m, p * d}), sum = values({t, d});
+  const View lifted = activations({m, p * d}), dx = values({t, d});
+  View rest, next, drest, dnext;
+  std::vector<View> down = {y}, up = {sum}, down_back = {dx}, up_back = {y};
+  if (slots > 0) {
+    down.push_back(rest = values({slots, p - 1, d}));
+    up.push_back(next = values({slots, p * d}));
+    down_back.push_back(drest = values({slots, p - 1, d}));
+    up_back.push_back(dnext = values({slots, p * d}));
+  }
+  add("downsample", 0, {x}, down, [=](Backend& on) {
+    on.run(Downsample{.x = x, .y = y, .state = rest, .rows = rows.get(), .p = p});
+  });
+  add("upsample", t * d, {lifted, x}, up, [=](Backend& on) {
+    on.run(
+        Upsample{.x = lifted, .residual = x, .y = sum, .state = next, .rows = rows.get(), .p = p});
+  });
+  add("downsample backward", t * d, {lifted, x}, down_back, [=](Backend& on) {
+    on.run(DownsampleBackward{
+        .dy = lifted, .dresidual = x, .dx = dx, .dstate = drest, .rows = rows.get(), .p = p});
+  });
+  add("upsample backward", 0, {x}, up_back, [=](Backend& on) {
+    on.run(UpsampleBackward{.dy = x, .dx = y, .dstate = dnext, .rows = rows.get(), .p = p});
+  });
 }
 
 // All tensors of a layer at once. The odd size comes after the others.

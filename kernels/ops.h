@@ -183,6 +183,45 @@ struct GluBackward {
   View x, dy, dx;  // (t,2d) (t,d) (t,2d); dx may be x
 };
 
+// Where the stages of a U-Net meet (SaShiMi: Goel, Gu, Donahue and Ré 2022). A coarse step is p
+// steps of a sequence, from a multiple of p on; m = rows->pooled(p).rows.total() of them end in the
+// batch.
+//   down  y[j] = x[jp] | x[jp+1] | … | x[jp+p-1]: a row of p d columns. state (s,p-1,d): the steps
+//         of the coarse step that has not ended, then zeros.
+//   up    y[t] = residual[t] + part t mod p, of d columns, of x[t/p - 1]: what a coarse step puts
+//         out is for the p steps after it, so that nothing is seen before its time. state (s,p d):
+//         the last coarse row, of which a part or more is still to come.
+struct Downsample {
+  View x;      // (t,d) f32, the residual stream
+  View y;      // (m,pd), activation type
+  View state;  // (s,p-1,d) f32; optional where every piece has from = to = -1
+  const Rows* rows = nullptr;
+  int64_t p = 2;
+};
+struct DownsampleBackward {
+  View dy;         // (m,pd)
+  View dresidual;  // optional (t,d) f32: gradient of x by other ways, added to dx
+  View dx;         // (t,d) f32; may be dresidual
+  View dstate;     // optional (s,p-1,d): as in Conv1dBackward
+  const Rows* rows = nullptr;
+  int64_t p = 2;
+};
+struct Upsample {
+  View x;         // (m,pd), activation type
+  View residual;  // (t,d) f32
+  View y;         // (t,d) f32; may be residual
+  View state;     // (s,pd) f32; optional where every piece has from = to = -1
+  const Rows* rows = nullptr;
+  int64_t p = 2;
+};
+struct UpsampleBackward {
+  View dy;      // (t,d) f32, of y as of residual
+  View dx;      // (m,pd)
+  View dstate;  // optional (s,pd): as in Conv1dBackward
+  const Rows* rows = nullptr;
+  int64_t p = 2;
+};
+
 // A whole stack of Mamba blocks over a batch in which every piece is one step long: what
 // model/backbone.cc and model/mamba1.cc do with the ops above, in one op, for decoding. Per layer
 //   u = norm(x);  x|z = in_proj(u);  x = silu(conv1d(x));  dt|B|C = x_proj(x);
@@ -332,6 +371,10 @@ class Backend {
   virtual void run(const S4dScanBackward&) = 0;
   virtual void run(const Glu&) = 0;
   virtual void run(const GluBackward&) = 0;
+  virtual void run(const Downsample&) = 0;
+  virtual void run(const DownsampleBackward&) = 0;
+  virtual void run(const Upsample&) = 0;
+  virtual void run(const UpsampleBackward&) = 0;
   // False, and nothing done, where the backend has no such op or not for these shapes: the caller
   // then takes the ops it stands for.
   virtual bool try_run(const MambaStep&) { return false; }

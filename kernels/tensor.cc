@@ -244,6 +244,42 @@ const Rows::Tiles& Rows::tiles(int64_t length) const {
   return tiles;
 }
 
+const Rows::Pooled& Rows::pooled(int64_t p) const {
+  check(p >= 1, "rows: coarse steps of {} steps, expected 1 or more", p);
+  for (const auto& kept : pooled_)
+    if (kept->p == p) return *kept;
+  std::vector<int64_t> first;
+  std::vector<Piece> coarse;
+  int64_t count = 0;
+  for (const Piece& piece : pieces_) {
+    first.push_back(count);
+    const int64_t position = piece.position / p;
+    const int64_t length = (piece.position + piece.length) / p - position;
+    if (length == 0) continue;
+    coarse.push_back({.begin = count,
+                      .length = length,
+                      .position = position,
+                      .from = position == 0 ? -1 : piece.from,
+                      .to = piece.to,
+                      .last = piece.last});
+    count += length;
+  }
+  check(count <= std::numeric_limits<int32_t>::max(), "rows: {} coarse steps, expected < 2^31",
+        count);
+  Tensor device_first;
+  if (backend_->device().kind != Device::Kind::cpu) {
+    std::vector<int32_t> narrow(first.begin(), first.end());
+    const auto pieces = static_cast<int64_t>(narrow.size());
+    device_first = Tensor(*backend_, DType::i32, {pieces});
+    backend_->copy(host_view(narrow.data(), DType::i32, {pieces}), device_first);
+  }
+  pooled_.push_back(std::make_unique<Pooled>(Pooled{.p = p,
+                                                    .rows = Rows(*backend_, std::move(coarse)),
+                                                    .first = std::move(first),
+                                                    .device_first = std::move(device_first)}));
+  return *pooled_.back();
+}
+
 Rows Rows::equal(Backend& backend, int64_t count, int64_t length) {
   std::vector<Piece> pieces(count);
   for (int64_t i = 0; i < count; ++i) pieces[i] = {.begin = i * length, .length = length};

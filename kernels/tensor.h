@@ -148,6 +148,12 @@ class Rows {
   };
   const Tiles& tiles(int64_t length) const;  // made once, then kept
 
+  // The coarse steps, of p steps each from a multiple of p on, that end within the pieces: another
+  // batch, of the pieces that finish one or more, in the same slots. A sequence's first starts from
+  // zero whatever `from` says.
+  struct Pooled;
+  const Pooled& pooled(int64_t p) const;  // made once, then kept
+
  private:
   Backend* backend_;
   std::vector<Piece> pieces_;
@@ -155,6 +161,14 @@ class Rows {
   int32_t slots_ = 0;
   mutable Tensor mirror_;
   mutable std::vector<std::unique_ptr<Tiles>> tiles_;
+  mutable std::vector<std::unique_ptr<Pooled>> pooled_;
+};
+
+struct Rows::Pooled {
+  int64_t p = 0;
+  Rows rows;                   // of coarse steps
+  std::vector<int64_t> first;  // the first coarse row of each piece, also of those that finish none
+  Tensor device_first;         // (pieces) i32, the same in the memory of a device that is no CPU
 };
 
 }  // namespace coil

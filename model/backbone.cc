@@ -1,4 +1,5 @@
-// The stack of pre-norm residual blocks:  h = h + mixer(norm(h)) per layer, then norm_f.
+// The stack of pre-norm residual blocks:  h = h + mixer(norm(h)) per layer, with an MLP also
+// h = h + mlp(norm(h)), then norm_f.
 // The sum and the norm that reads it are one op, so the residual stream is read and written once
 // per layer.
 #include "model/backbone.h"
@@ -7,6 +8,7 @@
 #include <utility>
 
 #include "kernels/error.h"
+#include "model/unet.h"
 
 namespace coil {
 
@@ -57,6 +59,14 @@ State::State(Backend& backend, const Config& config, int32_t slots) : slots(slot
             S4dState{.ssm = zeros(DType::f32, {slots, config.d, config.s4d_states, 2})});
         break;
     }
+  if (!config.inner.empty()) {
+    const int64_t p = config.inner[0].pool;
+    inner = std::make_unique<InnerState>(
+        InnerState{.stage = State(backend, inner_config(config), slots),
+                   .rest = zeros(DType::f32, {slots, p - 1, config.d}),
+                   .next = zeros(DType::f32, {slots, p * config.d})});
+    inner->stage.pool = Tensor();
+  }
   pool = zeros(DType::f64, {slots, config.d + 1});
 }
 
@@ -69,10 +79,16 @@ std::vector<std::pair<std::string, View>> State::tensors() const {
     all.emplace_back(name + "ssm",
                      std::visit([](const auto& own) { return own.ssm.view(); }, layers[i]));
   }
+  if (!inner) return all;
+  all.emplace_back("inner.rest", inner->rest);
+  all.emplace_back("inner.next", inner->next);
+  for (const auto& [name, view] : inner->stage.tensors()) all.emplace_back("inner." + name, view);
   return all;
 }
 
-std::vector<Param> declare(const Config& config, Backbone& backbone, const std::string& prefix) {
+std::vector<Param> declare(const Config& config, Backbone& backbone, const std::string& base,
+                           int64_t depth) {
+  const std::string prefix = depth == 0 ? base : fmt::format("{}stages.{}.", base, depth);
   if (backbone.layers.size() != config.layers.size()) {
     backbone.layers = std::vector<Layer>(config.layers.size());
     for (size_t i = 0; i < config.layers.size(); ++i)
@@ -90,8 +106,18 @@ std::vector<Param> declare(const Config& config, Backbone& backbone, const std::
     std::vector<Param> mixer = std::visit(
         [&](auto& weights) { return declare(config, weights, name + "mixer."); }, layer.mixer);
     params.insert(params.end(), mixer.begin(), mixer.end());
+    if (config.mlp == 0) continue;
+    params.push_back(norm(layer.mlp_norm, name + "mlp_norm.weight"));
+    std::vector<Param> mlp = declare(config, layer.mlp, name + "mlp.");
+    params.insert(params.end(), mlp.begin(), mlp.end());
   }
   params.push_back(norm(backbone.norm_f, prefix + "norm_f.weight"));
+  if (config.inner.empty()) return params;
+  if (!backbone.inner)
+    backbone.inner = std::make_unique<InnerStage>(
+        InnerStage{.config = inner_config(config), .p = config.inner[0].pool});
+  std::vector<Param> inner = declare(*backbone.inner, config.d, base, depth + 1);
+  params.insert(params.end(), inner.begin(), inner.end());
   return params;
 }
 
@@ -109,7 +135,9 @@ bool try_step(Backend& backend, const Config& config, const Backbone& backbone, 
   const bool mamba = std::ranges::all_of(backbone.layers, [](const Layer& layer) {
     return std::holds_alternative<Mamba1Weights>(layer.mixer);
   });
-  if (!one_step || !mamba || config.mixer_norms || backbone.layers.empty()) return false;
+  if (!one_step || !mamba || config.mixer_norms || config.mlp > 0 || backbone.layers.empty())
+    return false;
+  if (ends.ids && backbone.inner) return false;  // another stage stands between ids and layers
   std::vector<MambaStep::Layer> operands;
   operands.reserve(backbone.layers.size());
   for (size_t i = 0; i < backbone.layers.size(); ++i)
@@ -136,7 +164,13 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
   if (saved) {
     saved->blocks = std::vector<Saved::Block>(layers.size());
     saved->initial = state;
-  } else {
+  }
+  if (inner) {
+    if (saved) saved->inner = std::make_unique<InnerSaved>();
+    x = coil::forward(backend, *inner, act, std::move(x), rows,
+                      state ? state->inner.get() : nullptr, saved ? saved->inner.get() : nullptr);
+  }
+  if (!saved) {
     Tensor y(backend, act, {t, d});
     if (try_step(backend, config, *this, {.x = x, .y = y}, rows, state)) return y;
   }
@@ -180,6 +214,10 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
                                block ? &block->mixer.emplace<Kept>() : nullptr);
         },
         layers[i].mixer);
+    if (config.mlp == 0) continue;
+    add_and_norm(layers[i].mlp_norm, block ? &block->mlp_residual : nullptr,
+                 block ? &block->mlp_rstd : nullptr);
+    h = coil::forward(backend, config, layers[i].mlp, std::move(h), block ? &block->mlp : nullptr);
   }
   add_and_norm(norm_f, saved ? &saved->residual : nullptr, saved ? &saved->rstd : nullptr);
   return h;
@@ -192,6 +230,20 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
   Tensor dresidual(backend, DType::f32, {t, d});  // gradient of the residual stream
   Tensor rounded;                                 // the same for the mixers' products
   if (act != DType::f32) rounded = Tensor(backend, act, {t, d});
+  const View dout = rounded ? rounded : dresidual;  // of what a mixer or an MLP put out
+  // dresidual += the gradient that comes through a norm.
+  const auto add_through_norm = [&](const Tensor& residual, const Tensor& weight,
+                                    const Tensor& rstd, View dnormed, const Tensor& dweight) {
+    backend.run(NormBackward{.x = residual,
+                             .weight = weight,
+                             .rstd = rstd,
+                             .dy = dnormed,
+                             .dresidual = dresidual,
+                             .dx = dresidual,
+                             .dweight = dweight,
+                             .dx_act = rounded,
+                             .eps = config.eps});
+  };
   backend.run(NormBackward{.x = saved.residual,
                            .weight = norm_f,
                            .rstd = saved.rstd,
@@ -202,24 +254,25 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
                            .eps = config.eps});
   for (size_t i = layers.size(); i-- > 0;) {
     const Saved::Block& block = saved.blocks[i];
-    Tensor dnormed = std::visit(
+    if (config.mlp > 0) {
+      const Tensor dnormed =
+          coil::backward(backend, config, layers[i].mlp, block.mlp, dout, grad.layers[i].mlp);
+      add_through_norm(block.mlp_residual, layers[i].mlp_norm, block.mlp_rstd, dnormed,
+                       grad.layers[i].mlp_norm);
+    }
+    const Tensor dnormed = std::visit(
         [&]<class Weights>(const Weights& weights) {
-          return coil::backward(
-              backend, config, weights, std::get<typename Of<Weights>::Saved>(block.mixer), rows,
-              rounded ? rounded : dresidual, state_of(saved.initial, i, weights),
-              state_of(dstate, i, weights), std::get<Weights>(grad.layers[i].mixer));
+          return coil::backward(backend, config, weights,
+                                std::get<typename Of<Weights>::Saved>(block.mixer), rows, dout,
+                                state_of(saved.initial, i, weights), state_of(dstate, i, weights),
+                                std::get<Weights>(grad.layers[i].mixer));
         },
         layers[i].mixer);
-    backend.run(NormBackward{.x = block.residual,
-                             .weight = layers[i].norm,
-                             .rstd = block.rstd,
-                             .dy = dnormed,
-                             .dresidual = dresidual,
-                             .dx = dresidual,
-                             .dweight = grad.layers[i].norm,
-                             .dx_act = rounded,
-                             .eps = config.eps});
+    add_through_norm(block.residual, layers[i].norm, block.rstd, dnormed, grad.layers[i].norm);
   }
+  if (inner)
+    coil::backward(backend, *inner, act, *saved.inner, rows, dresidual,
+                   dstate ? dstate->inner.get() : nullptr, *grad.inner);
   return dresidual;
 }
 

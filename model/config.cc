@@ -20,8 +20,6 @@ namespace coil {
 namespace {
 
 using Json = nlohmann::json;
-constexpr std::pair<const char*, MixerKind> kMixers[] = {{"mamba1", MixerKind::mamba1},
-                                                         {"s4d", MixerKind::s4d}};
 constexpr const char* kS4dInits[] = {"lin", "inv", "legs"};  // by S4dInit
 using OrderedJson = nlohmann::ordered_json;
 
@@ -128,17 +126,22 @@ void parse_sizes(const Reader& json, Config& config) {
 
 // Sizes that are fine one by one may still multiply to what no machine holds.
 void check_product(const Config& config, const std::string& where) {
-  const __int128 d = config.d, e = config.e, n = config.n, r = config.dt_rank, v = config.vocab,
-                 w = config.w;
-  const __int128 s4d = 2 * d * d + d * (4 * static_cast<__int128>(config.s4d_states) + 5);
-  const __int128 layer = 3 * e * d + e * (w + r + n + 3) + (r + 2 * n) * e + 2 * e + 2 * d + s4d;
-  const __int128 total = layer * static_cast<__int128>(config.layers.size()) + 2 * v * d + d;
+  __int128 total = 0, v = config.vocab;
+  const __int128 w = config.w, n = config.n, states = config.s4d_states;
+  for (Config stage = config;; stage = inner_config(stage)) {
+    const __int128 d = stage.d, e = stage.e, r = stage.dt_rank;
+    const __int128 s4d = 2 * d * d + d * (4 * states + 5), mlp = 3 * stage.mlp * d * d + d;
+    const __int128 layer = 3 * e * d + e * (w + r + n + 3) + (r + 2 * n) * e + 2 * e + 2 * d + s4d;
+    total += (layer + mlp) * static_cast<__int128>(stage.layers.size()) + 2 * v * d + d;
+    if (stage.inner.empty()) break;
+    v = stage.inner[0].pool * d + d;  // of the products down and up
+  }
   check(total <= kMaxParameters,
         "{}: vocab_size {}, hidden_size {}, intermediate_size {}, state_size {}, time_step_rank "
         "{}, conv_kernel {} and "
         "num_hidden_layers {} make {:.2g} parameters, expected at most {:.2g}",
         where, config.vocab, config.d, config.e, config.n, config.dt_rank, config.w,
-        config.layers.size(), static_cast<double>(total), static_cast<double>(kMaxParameters));
+        all_layers(config), static_cast<double>(total), static_cast<double>(kMaxParameters));
 }
 
 void parse_audio(const Json& value, const std::string& where, Config& config) {
@@ -160,16 +163,68 @@ void check_audio_vocabulary(const Config& config, const std::string& where) {
         where, needed, config.vocab);
 }
 
+// Layers of all stages, one after another.
+std::vector<LayerConfig*> layers_of(Config& config) {
+  std::vector<LayerConfig*> all;
+  for (LayerConfig& layer : config.layers) all.push_back(&layer);
+  for (Config::Stage& stage : config.inner)
+    for (LayerConfig& layer : stage.layers) all.push_back(&layer);
+  return all;
+}
+
 void parse_layers(const Json& list, const Reader& json, Config& config) {
-  if (!list.is_array() || list.size() != config.layers.size())
-    json.refuse("mixers", fmt::format("a list of {} names", config.layers.size()), list);
+  const std::vector<LayerConfig*> layers = layers_of(config);
+  if (!list.is_array() || list.size() != layers.size())
+    json.refuse("mixers", fmt::format("a list of {} names", layers.size()), list);
   for (size_t i = 0; i < list.size(); ++i) {
     const std::string name = list[i].is_string() ? list[i].get<std::string>() : std::string();
-    const auto found =
-        std::ranges::find_if(kMixers, [&](const auto& m) { return name == m.first; });
-    if (found == std::end(kMixers)) json.refuse("mixers", "\"mamba1\" or \"s4d\"", list[i]);
-    config.layers[i].mixer = found->second;
+    const std::optional<MixerKind> mixer = mixer_named(name);
+    if (!mixer) json.refuse("mixers", "\"mamba1\" or \"s4d\"", list[i]);
+    layers[i]->mixer = *mixer;
   }
+}
+
+// {"pool": [4, 4], "widths": [64, 128, 256], "layers": [8, 8, 8]}
+void parse_unet(const Json& value, const std::string& where, Config& config) {
+  check(value.is_object(), "{}: coil.unet: expected an object, found {}", where, describe(value));
+  for (const auto& item : value.items())
+    check(item.key() == "pool" || item.key() == "widths" || item.key() == "layers",
+          "{}: coil.unet.{}: expected pool, widths or layers; the model needs a newer Coil", where,
+          describe(Json(item.key())));
+  const Reader json(value, where, "coil.unet.");
+  const auto sizes = [&](const char* key, int64_t low, int64_t high, size_t count) {
+    const Json& list = json.need(key);
+    const bool fits = list.is_array() && (count == 0 ? !list.empty() && list.size() <= kMaxInner
+                                                     : list.size() == count);
+    const std::string expected = fmt::format(
+        "a list of {} whole numbers from {} to {}",
+        count == 0 ? fmt::format("1 to {}", kMaxInner) : std::to_string(count), low, high);
+    if (!fits) json.refuse(key, expected, list);
+    std::vector<int64_t> all;
+    for (const Json& entry : list) {
+      const int64_t size = entry.is_number_integer() ? entry.get<int64_t>() : low - 1;
+      if (size < low || size > high) json.refuse(key, expected, entry);
+      all.push_back(size);
+    }
+    return all;
+  };
+  const std::vector<int64_t> pool = sizes("pool", 2, kMaxPool, 0);
+  const std::vector<int64_t> widths = sizes("widths", 1, kMaxStageWidth, pool.size() + 1);
+  const std::vector<int64_t> layers = sizes("layers", 1, kMaxLayers, pool.size() + 1);
+  if (widths[0] != config.d)
+    json.refuse("widths", fmt::format("hidden_size, {}, as the first", config.d),
+                value["widths"][0]);
+  int64_t total = 0;
+  for (const int64_t count : layers) total += count;
+  check(total == static_cast<int64_t>(config.layers.size()),
+        "{}: coil.unet.layers: expected num_hidden_layers, {}, in all, found {}", where,
+        config.layers.size(), total);
+  config.layers.resize(static_cast<size_t>(layers[0]));
+  for (size_t i = 0; i < pool.size(); ++i)
+    config.inner.push_back(
+        {.pool = pool[i],
+         .d = widths[i + 1],
+         .layers = std::vector<LayerConfig>(static_cast<size_t>(layers[i + 1]))});
 }
 
 void parse_s4d(const Json& value, const std::string& where, Config& config) {
@@ -185,7 +240,8 @@ void parse_s4d(const Json& value, const std::string& where, Config& config) {
 
 void parse_coil(const Json& value, const std::string& where, Config& config) {
   constexpr std::string_view known[] = {"objective", "pooling", "alphabet", "audio",
-                                        "condition", "unknown", "mixers",   "s4d"};
+                                        "condition", "unknown", "mixers",   "s4d",
+                                        "topology",  "unet",    "mlp"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
     check(std::ranges::count(known, item.key()) > 0,
@@ -206,6 +262,15 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   const Json* mixers = json.find("mixers");
   const bool own = config.model_type == "coil";
   if (mixers && !own) json.refuse("mixers", "none with model_type " + config.model_type, *mixers);
+  for (const char* key : {"topology", "unet", "mlp"})
+    if (const Json* found = json.find(key); found && !own)
+      json.refuse(key, "none with model_type " + config.model_type, *found);
+  const bool unet = json.one_of_or("topology", "stack", {"stack", "unet"}) == "unet";
+  if (unet)
+    parse_unet(json.need("unet"), where, config);
+  else if (const Json* found = json.find("unet"))
+    json.refuse("unet", "none with topology \"stack\"", *found);
+  config.mlp = json.size_or("mlp", 0, 0, 64);
   if (own) parse_layers(json.need("mixers"), json, config);
   if (const Json* s4d = json.find("s4d")) parse_s4d(*s4d, where, config);
   const Json* unknown = json.find("unknown");
@@ -255,33 +320,6 @@ std::vector<std::string> parse_labels(const std::string& text, const std::string
 
 }  // namespace
 
-const char* name_of(MixerKind kind) {
-  return std::ranges::find(kMixers, kind, &std::pair<const char*, MixerKind>::second)->first;
-}
-
-std::vector<LayerConfig> parse_mixers(const std::string& names, int64_t layers) {
-  std::vector<LayerConfig> pattern;
-  std::istringstream list(names);
-  for (std::string name; std::getline(list, name, ',');) {
-    const auto found =
-        std::ranges::find_if(kMixers, [&](const auto& m) { return name == m.first; });
-    check(found != std::end(kMixers), "mixers '{}': expected mamba1 or s4d, found '{}'", names,
-          name);
-    pattern.push_back({found->second});
-  }
-  check(!pattern.empty(), "mixers: expected names, found none");
-  std::vector<LayerConfig> all;
-  for (int64_t i = 0; i < layers; ++i) all.push_back(pattern[i % pattern.size()]);
-  return all;
-}
-
-std::string mixer_names(const std::vector<LayerConfig>& layers) {
-  std::string names;
-  for (const LayerConfig& layer : layers)
-    names += fmt::format("{}{}", names.empty() ? "" : ",", name_of(layer.mixer));
-  return names;
-}
-
 const char* name_of(S4dInit init) { return kS4dInits[static_cast<int>(init)]; }
 
 S4dInit parse_s4d_init(const std::string& name) {
@@ -306,7 +344,6 @@ Config parse_config(const std::string& text, const std::string& where) {
   config.model_type = json.one_of("model_type", {"mamba", "falcon_mamba", "coil"});
   config.mixer_norms = config.model_type == "falcon_mamba";
   parse_sizes(json, config);
-  check_product(config, where);
   config.eps = static_cast<float>(json.positive_or("layer_norm_epsilon", 1e-5));
   config.mixer_eps = static_cast<float>(json.positive_or("mixer_rms_eps", 1e-6));
   config.bias = json.flag_or("use_bias", false);
@@ -329,6 +366,7 @@ Config parse_config(const std::string& text, const std::string& where) {
     parse_coil(*coil, where, config);
   else
     check(config.model_type != "coil", "{}: coil is missing", where);
+  check_product(config, where);
   check_audio_vocabulary(config, where);
   return config;
 }
@@ -351,7 +389,7 @@ std::string to_json(const Config& config) {
   json["state_size"] = config.n;
   json["conv_kernel"] = config.w;
   json["time_step_rank"] = config.dt_rank;
-  json["num_hidden_layers"] = config.layers.size();
+  json["num_hidden_layers"] = all_layers(config);
   json["layer_norm_epsilon"] = number(config.eps);
   if (falcon) json["mixer_rms_eps"] = number(config.mixer_eps);
   json["use_bias"] = config.bias;
@@ -368,7 +406,20 @@ std::string to_json(const Config& config) {
   json["dtype"] = "float32";
   OrderedJson coil;
   if (own) {
-    for (const LayerConfig& layer : config.layers) coil["mixers"].push_back(name_of(layer.mixer));
+    if (!config.inner.empty()) {
+      coil["topology"] = "unet";
+      OrderedJson& unet = coil["unet"];
+      for (const Config::Stage& stage : config.inner) unet["pool"].push_back(stage.pool);
+      unet["widths"].push_back(config.d);
+      unet["layers"].push_back(config.layers.size());
+      for (const Config::Stage& stage : config.inner) {
+        unet["widths"].push_back(stage.d);
+        unet["layers"].push_back(stage.layers.size());
+      }
+    }
+    if (config.mlp > 0) coil["mlp"] = config.mlp;
+    for (const LayerConfig* layer : layers_of(const_cast<Config&>(config)))
+      coil["mixers"].push_back(name_of(layer->mixer));
     coil["s4d"] = {{"states", config.s4d_states}, {"init", name_of(config.s4d_init)}};
   }
   coil["objective"] = lm ? "lm" : "classify";

@@ -4,7 +4,9 @@
 // mixer for each layer in coil.mixers.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -15,6 +17,7 @@ namespace coil {
 
 enum class MixerKind : uint8_t { mamba1, s4d };
 const char* name_of(MixerKind kind);  // "mamba1", …, as in config.json
+std::optional<MixerKind> mixer_named(const std::string& name);
 struct LayerConfig {
   MixerKind mixer = MixerKind::mamba1;
 };
@@ -27,6 +30,10 @@ std::string mixer_names(const std::vector<LayerConfig>& layers);
 enum class S4dInit : uint8_t { lin, inv, legs };
 const char* name_of(S4dInit init);
 S4dInit parse_s4d_init(const std::string& name);
+
+// Of a U-Net: steps of a coarse one, the width of a stage, stages inside the outermost.
+constexpr int64_t kMaxPool = 1 << 16, kMaxStageWidth = 1 << 15;
+constexpr size_t kMaxInner = 8;
 
 enum class Objective : uint8_t { lm, classify };
 
@@ -48,6 +55,23 @@ struct Config {
   std::vector<LayerConfig> layers = std::vector<LayerConfig>(4);
 
   // Under "coil".
+  // topology and unet: the stages inside the one that the keys above describe, from the outside in,
+  // each at one step for `pool` of the stage around it. A stack has none. num_hidden_layers and
+  // coil.mixers count the layers of all stages, the outermost's first; expand and the ratio of
+  // time_step_rank to hidden_size hold for all.
+  struct Stage {
+    int64_t pool = 4, d = 256;
+    std::vector<LayerConfig> layers;
+  };
+  std::vector<Stage> inner;
+  // Steps of the outermost stage in one of the innermost.
+  int64_t coarsest_step() const {
+    int64_t steps = 1;
+    for (const Stage& stage : inner) steps = std::min(steps * stage.pool, int64_t{1} << 40);
+    return steps;
+  }
+  int64_t mlp =
+      0;  // mlp: inner width of the MLP behind each mixer, in widths of its layer; 0: none
   Objective objective = Objective::lm;
   int64_t s4d_states = 32;          // s4d.states: complex, each of a conjugate pair, a channel
   S4dInit s4d_init = S4dInit::lin;  // s4d.init: initialisation only, as time_step_min and _max
@@ -76,6 +100,17 @@ struct Config {
   };
   std::vector<Threshold> unknown;
 };
+
+// What stands inside the outermost stage of a U-Net, as a network of its own.
+Config inner_config(const Config& config);
+// Layers of all stages, and their mixers: "s4d,s4d", of a U-Net "s4d,s4d/mamba1".
+int64_t all_layers(const Config& config);
+std::string mixer_names(const Config& config);
+// The stages of a U-Net by `pool` "4,4": the config's layers and width are those of the outermost;
+// inside each stage is as deep and twice as wide, or as wide as `widths` "128,256" says. mixers
+// "s4d/mamba1": of the stages, the last for all that follow, each as in parse_mixers.
+void add_stages(Config& config, const std::string& pool, const std::string& widths,
+                const std::string& mixers);
 
 // Throws coil::Error naming the file, the key, what was expected and what was found. `text` is
 // config.json.

@@ -39,6 +39,10 @@ class CountingBackend final : public Backend {
   void run(const S4dScanBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const Glu& op) override { costs.push_back(cost_of(op)); }
   void run(const GluBackward& op) override { costs.push_back(cost_of(op)); }
+  void run(const Downsample& op) override { costs.push_back(cost_of(op)); }
+  void run(const DownsampleBackward& op) override { costs.push_back(cost_of(op)); }
+  void run(const Upsample& op) override { costs.push_back(cost_of(op)); }
+  void run(const UpsampleBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const Pool& op) override { costs.push_back(cost_of(op)); }
   void run(const PoolBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const CrossEntropy& op) override { costs.push_back(cost_of(op)); }

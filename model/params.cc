@@ -95,9 +95,13 @@ std::vector<float> initial_values(const ParamInfo& info, const Config& config, u
     case Init::residual_out:
       uniform_within(1 / std::sqrt(fan_in * static_cast<double>(config.layers.size())));
       break;
-    case Init::embedding:
-      for (float& value : values) value = static_cast<float>(0.02 * random.normal());
+    case Init::embedding: {
+      // The sum over a U-Net's stages is of size 1 from the start, and the last step must show in
+      // it. A tied head would make logits of that size out of nothing.
+      const double size = config.inner.empty() || config.tie ? 0.02 : 1;
+      for (float& value : values) value = static_cast<float>(size * random.normal());
       break;
+    }
     case Init::A_log: {
       const int64_t n = info.shape.back();
       for (int64_t i = 0; i < count; ++i)
@@ -106,7 +110,7 @@ std::vector<float> initial_values(const ParamInfo& info, const Config& config, u
       break;
     }
     case Init::dt_weight:
-      uniform_within(1 / std::sqrt(static_cast<double>(config.dt_rank)));
+      uniform_within(1 / std::sqrt(static_cast<double>(info.shape.back())));
       break;
     case Init::normal:
     case Init::s4d_C:

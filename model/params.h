@@ -17,7 +17,7 @@ enum class Init : uint8_t {
   zeros,
   ones,
   linear,        // U(±1/sqrt(fan_in)): torch's nn.Linear and nn.Conv1d
-  embedding,     // N(0, 0.02)
+  embedding,     // N(0, 0.02); N(0, 1) of a U-Net with a head of its own
   A_log,         // log(1…n) in every row: S4D-real
   dt_weight,     // U(±rank^-1/2)
   dt_bias,       // softplus^-1 of dt, log-uniform in dt_min…dt_max, at least dt_floor

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <numbers>
 
 #include "audio/codes.h"
@@ -71,12 +72,12 @@ void Generator::read_prompt(Source& prompt, int64_t chunk) {
   set_pending(std::vector<int32_t>(options_.count, tokens[0]));
 }
 
-Rows Generator::rows_of_step(int32_t from, int32_t to) const {
+Rows Generator::rows_of_step(int32_t from, int32_t to, int64_t position) const {
   std::vector<Piece> pieces(options_.count);
   for (int32_t i = 0; i < static_cast<int32_t>(options_.count); ++i)
     pieces[i] = {.begin = i,
                  .length = 1,
-                 .position = position_,
+                 .position = position,
                  .from = from + i,
                  .to = to + i,
                  .last = false};
@@ -111,12 +112,22 @@ void Generator::draw(Block& block) {
   const auto row = [&](const Tensor& tensor, int64_t i) {
     return tensor.view().slice(i, 1).reshape({options_.count});
   };
-  const Rows first = rows_of_step(from_, to_), others = rows_of_step(to_, to_);
+  const Rows first = rows_of_step(from_, to_, block.begin);
+  // Of a position only its place in the coarsest step matters, and whether that is the first.
+  const int64_t period = model_.config.coarsest_step();
+  std::map<int64_t, Rows> others;
+  const auto rows_at = [&](int64_t position) -> const Rows& {
+    if (position == block.begin) return first;
+    const int64_t alike = position < period ? position : period + position % period;
+    const auto kept = others.find(alike);
+    if (kept != others.end()) return kept->second;
+    return others.emplace(alike, rows_of_step(to_, to_, alike)).first->second;
+  };
   const auto place = [&](int64_t code) { return softmaxes_[code % front_end_.step()]; };
   for (int64_t i = 0; i < block.steps; ++i) {
     const int64_t code = block.begin + i;
-    const Tensor logits = step_logits(backend_, model_, row(block.ids, i), i == 0 ? first : others,
-                                      &state_, i == 0 ? block.read : place(code - 1), place(code));
+    const Tensor logits = step_logits(backend_, model_, row(block.ids, i), rows_at(code), &state_,
+                                      i == 0 ? block.read : place(code - 1), place(code));
     backend_.run(Sample{.logits = logits,
                         .ids = row(block.ids, i + 1),
                         .streams = streams,

@@ -86,7 +86,7 @@ class Generator {
 
   std::string fingerprint() const;
   void set_pending(const std::vector<int32_t>& tokens);
-  Rows rows_of_step(int32_t from, int32_t to) const;
+  Rows rows_of_step(int32_t from, int32_t to, int64_t position) const;
   std::unique_ptr<Block> start();
   void draw(Block& block);
   void finish(Block& block, const GenerateHooks& hooks);

@@ -2,6 +2,7 @@
 
 #include "pipelines/run_log.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
@@ -103,6 +104,38 @@ void RunLog::add(const std::string& line) {
   check(std::fclose(file) == 0 && written, "cannot write '{}': {}", path_, std::strerror(errno));
 }
 
+namespace {
+
+std::string mixers_text(const std::vector<LayerConfig>& layers) {  // one name where all are alike
+  const MixerKind first = layers[0].mixer;
+  const bool alike =
+      std::ranges::all_of(layers, [&](const LayerConfig& layer) { return layer.mixer == first; });
+  return alike ? name_of(first) : mixer_names(layers);
+}
+
+}  // namespace
+
+std::string network_text(const Config& config) {
+  const std::string mlp = config.mlp > 0 ? fmt::format(", MLP {}", config.mlp) : "";
+  if (config.inner.empty()) {
+    const bool own = config.model_type == "coil";
+    return fmt::format("{}{}, d {}, n {}{}", counted(all_layers(config), "layer"),
+                       own ? fmt::format(" ({})", mixers_text(config.layers)) : "", config.d,
+                       config.n, mlp);
+  }
+  std::string layers, widths, pool;
+  for (Config stage = config;; stage = inner_config(stage)) {
+    const char* const between = layers.empty() ? "" : " / ";
+    layers += fmt::format("{}{} {}", between, stage.layers.size(), mixers_text(stage.layers));
+    widths += fmt::format("{}{}", between, stage.d);
+    if (stage.inner.empty()) break;
+    pool += fmt::format("{}{}", pool.empty() ? "" : ", ", stage.inner[0].pool);
+  }
+  return fmt::format("U-Net of {}, pooling {}, layers {}, d {}, n {}{}",
+                     counted(static_cast<int64_t>(config.inner.size()) + 1, "stage"), pool, layers,
+                     widths, config.n, mlp);
+}
+
 std::string model_card(const TrainOptions& options, const Config& config, const CardFacts& facts) {
   const bool lm = config.objective == Objective::lm;
   const Metrics& m = facts.best.validation.metrics;
@@ -121,11 +154,11 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
     card += fmt::format("Each recording has one of {} labels: {}.\n", config.labels.size(),
                         fmt::join(config.labels, ", "));
   card += fmt::format(
-      "\n| | |\n|---|---|\n| network | Mamba, {} layers, d {}, n {}, {} parameters |\n"
+      "\n| | |\n|---|---|\n| network | {}{}, {} parameters |\n"
       "| made with | coil {} train |\n| data | {} |\n| training | {}, {} |\n",
-      config.layers.size(), config.d, config.n, with_commas(parameters(config)), COIL_VERSION,
-      fmt::join(options.data, ", "), counted(facts.train_examples, "example"),
-      counted(facts.train_bases, unit));
+      config.model_type == "coil" ? "" : "Mamba, ", network_text(config),
+      with_commas(parameters(config)), COIL_VERSION, fmt::join(options.data, ", "),
+      counted(facts.train_examples, "example"), counted(facts.train_bases, unit));
   if (audio)
     card += fmt::format("| audio | {} Hz, one channel, {} |\n", config.audio.rate,
                         config.audio.codes == SampleCodes::pcm16 ? "16 bits" : "8-bit mu-law");

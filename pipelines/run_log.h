@@ -37,6 +37,9 @@ class RunLog {
   std::string path_;
 };
 
+// Layers, widths and states, for a person: "4 layers, d 128, n 16".
+std::string network_text(const Config& config);
+
 struct CardFacts {
   int64_t train_examples = 0, train_bases = 0, held_out = 0, held_out_bases = 0;
   std::string metric;

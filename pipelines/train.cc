@@ -81,6 +81,7 @@ void check_ranges(const TrainOptions& o) {
   within("layers", static_cast<double>(o.layers), 1, 1 << 12);
   within("state", static_cast<double>(o.n), 1, 1 << 12);
   within("s4d-states", static_cast<double>(o.s4d_states), 1, 128);
+  within("mlp", static_cast<double>(o.mlp), -1, 64);
   within("steps", static_cast<double>(o.steps), 0, kAny);
   within("epochs", o.epochs, 0, kAny);
   within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
@@ -95,6 +96,7 @@ void check_ranges(const TrainOptions& o) {
   within("trim", o.trim, 0, 200);
   within("rate", static_cast<double>(o.rate), 0, 1 << 24);
   check_audio(o);
+  if (o.from.empty()) network_of(o);  // else the network is that of a model
 }
 
 // What a checkpoint keeps beside weights and moments.
@@ -224,16 +226,7 @@ Config Trainer::network() const {
             "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
             config.alphabet, config.vocab, dna::kVocab);
   } else {
-    config.d = options_.d;
-    config.e = 2 * options_.d;
-    config.n = options_.n;
-    config.dt_rank = (options_.d + 15) / 16;
-    config.layers = parse_mixers(options_.mixers, options_.layers);
-    config.s4d_states = options_.s4d_states;
-    config.s4d_init = parse_s4d_init(options_.s4d_init);
-    const bool mamba = std::ranges::all_of(
-        config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
-    if (!mamba) config.model_type = "coil";
+    config = network_of(options_);
   }
   config.objective = options_.objective;
   config.pooling = options_.pooling;
@@ -294,7 +287,11 @@ void Trainer::begin() {
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());
   options_.n = config.n;
-  if (!options_.from.empty()) options_.mixers = mixer_names(config.layers);
+  options_.mlp = config.mlp;
+  if (!options_.from.empty()) {
+    options_.mixers = mixer_names(config);
+    options_.topology = config.inner.empty() ? "stack" : "unet";
+  }
   model_ = make_model(backend_, config, options_.seed);
   grad_ = zeros_like(backend_, model_);
   if (options_.precision == "bf16") {
@@ -316,13 +313,10 @@ void Trainer::begin() {
       data_.all.labels.empty() ? "" : fmt::format(", {} classes", data_.all.labels.size())));
   if (data_.parts.held_out.empty())
     say("note: nothing is held out to validate with: the last model is kept");
-  say(fmt::format("{}, d {}, n {}: {}; {} of {}, learning rate {:g}, {}",
-                  config.model_type == "coil"
-                      ? fmt::format("{} ({})", counted(options_.layers, "layer"), options_.mixers)
-                      : counted(options_.layers, "layer"),
-                  options_.d, options_.n, counted(parameters(config), "parameter"),
-                  counted(options_.steps, "step"), counted(options_.batch_tokens, "token"),
-                  options_.lr, counted(options_.threads, "thread")));
+  say(fmt::format("{}: {}; {} of {}, learning rate {:g}, {}", network_text(config),
+                  counted(parameters(config), "parameter"), counted(options_.steps, "step"),
+                  counted(options_.batch_tokens, "token"), options_.lr,
+                  counted(options_.threads, "thread")));
   if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
     std::vector<double> counts(data_.all.labels.size(), 0);
     for (const Example& item : data_.parts.train) counts[item.label] += 1;

@@ -32,9 +32,15 @@ struct TrainOptions {
   bool condition = false;
   int64_t min_length = 0, max_length = 0;  // windows, in bases or samples; 0: whole records
   int64_t d = 128, layers = 4, n = 16;
-  std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers
-  int64_t s4d_states = 32;        // complex
-  std::string s4d_init = "lin";   // lin | inv | legs
+  std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers, add_stages
+  // A U-Net's stages: each of `layers`, `pool` steps of the one around it ("": 4,4), widths of the
+  // inner ones ("": doubling).
+  std::string topology = "stack";  // stack | unet
+  std::string pool, widths;
+  int64_t mlp =
+      -1;  // inner width of the MLP behind each mixer, in widths; -1: 2 in a U-Net, else 0
+  int64_t s4d_states = 32;       // complex
+  std::string s4d_init = "lin";  // lin | inv | legs
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs
   double epochs = 6;
@@ -59,6 +65,8 @@ struct TrainOptions {
 void apply_preset(const std::string& name,
                   TrainOptions& options);  // throws UsageError on an unknown name
 std::vector<std::string> preset_names();
+// What the options say of the network; vocabulary, objective and front end depend on the data.
+Config network_of(const TrainOptions& options);
 
 // What a checkpoint keeps of the options, and what --resume starts from.
 std::string to_json(const TrainOptions& options);

@@ -21,6 +21,7 @@ struct Preset {
   int64_t d, layers;
   double lr;
   int64_t batch_tokens;
+  bool unet = false;  // of S4D
 };
 constexpr Preset kPresets[] = {
     {"dna-tiny", false, Objective::classify, 64, 2, 6e-3, 8192},
@@ -28,12 +29,13 @@ constexpr Preset kPresets[] = {
     {"dna-base", false, Objective::classify, 256, 8, 2e-3, 8192},
     {"audio-tiny", true, Objective::lm, 64, 2, 6e-3, 16'384},
     {"audio-small", true, Objective::lm, 128, 4, 4e-3, 32'768},
-    {"audio-base", true, Objective::lm, 256, 8, 2e-3, 65'536},
+    {"audio-base", true, Objective::lm, 64, 8, 4e-3, 65'536, true},
 };
 // What older checkpoints lack; their defaults are what those runs had.
-constexpr std::string_view kLater[] = {"precision", "audio",      "rate",          "codes",
-                                       "trim",      "labels",     "label_pattern", "condition",
-                                       "mixers",    "s4d_states", "s4d_init"};
+constexpr std::string_view kLater[] = {
+    "precision", "audio",         "rate",      "codes",  "trim",
+    "labels",    "label_pattern", "condition", "mixers", "s4d_states",
+    "s4d_init",  "topology",      "pool",      "widths", "mlp"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -62,6 +64,10 @@ void visit(Options& o, F f) {
   f("mixers", o.mixers, true);
   f("s4d_states", o.s4d_states, true);
   f("s4d_init", o.s4d_init, true);
+  f("topology", o.topology, true);
+  f("pool", o.pool, true);
+  f("widths", o.widths, true);
+  f("mlp", o.mlp, true);
   f("steps", o.steps, true);
   f("epochs", o.epochs, true);
   f("batch_tokens", o.batch_tokens, true);
@@ -104,10 +110,43 @@ void apply_preset(const std::string& name, TrainOptions& options) {
     options.d = preset.d;
     options.layers = preset.layers;
     options.lr = preset.lr;
+    if (preset.unet) {
+      options.topology = "unet";
+      options.mixers = "s4d";
+    }
     return;
   }
   throw UsageError(
       fmt::format("unknown preset '{}': expected {}", name, fmt::join(preset_names(), ", ")));
+}
+
+Config network_of(const TrainOptions& options) {
+  const bool unet = options.topology == "unet";
+  if (!unet && options.topology != "stack")
+    throw UsageError(fmt::format("--topology '{}': expected stack or unet", options.topology));
+  if (!unet && !(options.pool.empty() && options.widths.empty()))
+    throw UsageError(
+        fmt::format("--{}: a stack has no stages", options.pool.empty() ? "widths" : "pool"),
+        "--topology unet");
+  Config config;
+  config.d = options.d;
+  config.e = 2 * options.d;
+  config.n = options.n;
+  config.dt_rank = (options.d + 15) / 16;
+  config.s4d_states = options.s4d_states;
+  config.s4d_init = parse_s4d_init(options.s4d_init);
+  config.mlp = options.mlp >= 0 ? options.mlp : unet ? 2 : 0;
+  if (unet) {
+    config.layers.resize(static_cast<size_t>(options.layers));
+    add_stages(config, options.pool.empty() ? "4,4" : options.pool, options.widths, options.mixers);
+    config.tie = false;
+  } else {
+    config.layers = parse_mixers(options.mixers, options.layers);
+  }
+  const bool mamba = std::ranges::all_of(
+      config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
+  if (unet || !mamba || config.mlp > 0) config.model_type = "coil";
+  return config;
 }
 
 std::string to_json(const TrainOptions& options) {
@@ -120,6 +159,7 @@ std::string to_json(const TrainOptions& options) {
 
 TrainOptions parse_train_options(const std::string& text) {
   TrainOptions options;
+  options.mlp = 0;
   try {
     const json in = json::parse(text);
     visit(options, [&](const char* key, auto& value, bool) {

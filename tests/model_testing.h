@@ -39,6 +39,17 @@ inline Config mixed_config(const std::string& mixers, int64_t layers) {
   return config;
 }
 
+// A U-Net of three stages: pooling 4 then 2, other widths and mixers inside, MLPs.
+inline Config unet_config(const std::string& mixers, const std::string& pool = "4,2") {
+  Config config = small_config(false);
+  config.model_type = "coil";
+  config.s4d_states = 7;
+  config.mlp = 1;
+  config.tie = false;
+  add_stages(config, pool, pool.find(',') == pool.npos ? "20" : "20,36", mixers);
+  return config;
+}
+
 inline Config classifier_config(Pooling pooling) {
   Config config = small_config(false);
   config.objective = Objective::classify;

@@ -3,6 +3,7 @@
 // (gradcheck.h).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <complex>
 #include <cstdint>
@@ -87,6 +88,61 @@ Arrays<T> conv1d(const ConvShape& shape, std::span<const Piece> pieces, const Ar
       for (int64_t k = 0; k < w - 1 && piece.to >= 0; ++k)
         state[(piece.to * (w - 1) + k) * c + j] = inputs[piece.length + k];
     }
+  return out;
+}
+
+struct CoarseShape {
+  int64_t d = 1, p = 2;
+};
+
+// In: x [state]. Out: y, state.
+template <class T>
+Arrays<T> downsample(const CoarseShape& shape, std::span<const Piece> pieces, const Arrays<T>& in) {
+  const auto [d, p] = shape;
+  Arrays<T> out;
+  std::vector<T>&y = out["y"], &state = out["state"];
+  if (in.count("state")) state = in.at("state");
+  for (const Piece& piece : pieces) {
+    std::vector<T> step(piece.position % p * d, T(0));  // of the coarse step so far
+    for (size_t i = 0; i < step.size() && piece.from >= 0; ++i)
+      step[i] = in.at("state")[piece.from * (p - 1) * d + i];
+    for (int64_t row = piece.begin; row < piece.begin + piece.length; ++row) {
+      for (int64_t j = 0; j < d; ++j) step.push_back(in.at("x")[row * d + j]);
+      if (static_cast<int64_t>(step.size()) < p * d) continue;
+      y.insert(y.end(), step.begin(), step.end());
+      step.clear();
+    }
+    step.resize((p - 1) * d, T(0));
+    for (size_t i = 0; i < step.size() && piece.to >= 0; ++i)
+      state[piece.to * (p - 1) * d + i] = step[i];
+  }
+  return out;
+}
+
+// In: x residual [state]. Out: y, state.
+template <class T>
+Arrays<T> upsample(const CoarseShape& shape, std::span<const Piece> pieces, const Arrays<T>& in) {
+  const auto [d, p] = shape;
+  Arrays<T> out;
+  std::vector<T>&y = out["y"], &state = out["state"];
+  y = in.at("residual");
+  if (in.count("state")) state = in.at("state");
+  auto next = in.at("x").begin();
+  for (const Piece& piece : pieces) {
+    std::vector<T> current(p * d, T(0));  // what the last coarse step put out
+    for (size_t i = 0; i < current.size() && piece.from >= 0; ++i)
+      current[i] = in.at("state")[piece.from * p * d + i];
+    int64_t phase = piece.position % p;
+    for (int64_t row = piece.begin; row < piece.begin + piece.length; ++row) {
+      for (int64_t j = 0; j < d; ++j) y[row * d + j] += current[phase * d + j];
+      if (++phase < p) continue;
+      phase = 0;
+      std::copy_n(next, p * d, current.begin());
+      next += p * d;
+    }
+    for (size_t i = 0; i < current.size() && piece.to >= 0; ++i)
+      state[piece.to * p * d + i] = current[i];
+  }
   return out;
 }
 

@@ -1,6 +1,6 @@
 // What must hold of the backbone whatever the numbers are: chunked = one-shot = step by step, alone
 // = among others, causality, gradients through a carried state, the same bits twice. falcon_mamba's
-// norms and networks of several mixers included.
+// norms, networks of several mixers, MLPs and U-Nets included.
 #include "model/backbone.h"
 
 #include <gtest/gtest.h>
@@ -42,6 +42,13 @@ std::vector<float> hidden_in_chunks(Backend& backend, const Model& model,
 Config config_of(const std::string& name) {
   if (name == "s4d") return mixed_config("s4d", 2);
   if (name == "mixed") return mixed_config("s4d,mamba1", 3);
+  if (name == "mlp") {
+    Config config = mixed_config("mamba1", 2);
+    config.mlp = 2;
+    return config;
+  }
+  if (name == "unet") return unet_config("s4d/s4d,mamba1/mamba1");
+  if (name == "unet16") return unet_config("s4d,mamba1", "16");
   return small_config(name == "falcon_mamba");
 }
 
@@ -56,13 +63,14 @@ class AnyModel : public ::testing::TestWithParam<const char*> {
   Model model_;
 };
 INSTANTIATE_TEST_SUITE_P(Backbone, AnyModel,
-                         ::testing::Values("mamba", "falcon_mamba", "s4d", "mixed"),
+                         ::testing::Values("mamba", "falcon_mamba", "s4d", "mixed", "mlp", "unet",
+                                           "unet16"),
                          [](const auto& info) { return std::string(info.param); });
 
 TEST_P(AnyModel, ChunkedIsOneShotIsStepByStep) {
   const std::vector<int32_t> ids = random_ids(1503, model_.config.vocab, 1);
   const std::vector<float> whole = hidden_of(*backend_, model_, ids);
-  for (int64_t chunk : {1, 7, 64, 1000})
+  for (int64_t chunk : {1, 3, 7, 16, 64, 1000})
     EXPECT_LE(largest_difference(hidden_in_chunks(*backend_, model_, ids, chunk), whole),
               kSameAnswer)
         << "chunks of " << chunk;
@@ -154,7 +162,9 @@ TEST_P(AnyModel, GradientThroughACarriedState) {
             1e-5);
   const std::vector<Param> expected = declare(whole), found = declare(parts);
   for (size_t i = 0; i < expected.size(); ++i) {
-    if (!expected[i].info.name.starts_with("backbone.layers")) continue;
+    if (expected[i].info.name.find(".layers.") == std::string::npos &&
+        expected[i].info.name.find(".stages.") == std::string::npos)
+      continue;
     EXPECT_LE(relative_difference(values_of(backend, *found[i].tensor),
                                   values_of(backend, *expected[i].tensor)),
               2e-5)

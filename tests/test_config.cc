@@ -92,7 +92,7 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(refusal("{\"a\": }"), "m/config.json: expected JSON, found something else at byte 7");
   EXPECT_EQ(with(R"(, "coil": {"objective": "classify", "heads": 2})"),
             "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, audio, "
-            "condition, unknown, mixers, s4d; the model needs a newer Coil");
+            "condition, unknown, mixers, s4d, topology, unet, mlp; the model needs a newer Coil");
   EXPECT_EQ(with(R"(, "coil": {"unknown": [{"length": 100, "probability": 1.5}]})"),
             "m/config.json: coil.unknown[0].probability: expected a number from 0 to 1, found 1.5");
 }
@@ -116,6 +116,85 @@ TEST(Config, Audio) {
   EXPECT_EQ(refusal(std::string(kSmall) + R"(, "coil": {"condition": true}})"),
             "m/config.json: coil.condition: expected false: only a language model of audio has "
             "labels before it, found true");
+}
+
+TEST(Config, StagesOfAUNet) {
+  const std::string own =
+      R"({"model_type": "coil", "vocab_size": 16, "hidden_size": 40, "num_hidden_layers": 5, "coil": {)";
+  const std::string mixers = R"("mixers": ["s4d", "mamba1", "s4d", "s4d", "mamba1"], )";
+  const std::string unet = R"("topology": "unet", "unet": )";
+  const std::string sizes = R"("pool": [4, 2], "widths": [40, 80, 60], "layers": [2, 2, 1])";
+  const Config config = parse_config(own + mixers + unet + "{" + sizes + R"(}, "mlp": 3}})", "x");
+  EXPECT_EQ(mixer_names(config), "s4d,mamba1/s4d,s4d/mamba1");
+  EXPECT_EQ(all_layers(config), 5);
+  EXPECT_EQ(config.mlp, 3);
+  ASSERT_EQ(config.inner.size(), 2u);
+  EXPECT_EQ(config.inner[0].pool, 4);
+  EXPECT_EQ(config.inner[1].d, 60);
+  const Config inside = inner_config(config), innermost = inner_config(inside);
+  EXPECT_EQ(inside.e, 160);
+  EXPECT_EQ(inside.dt_rank, 6);  // 3 of 40
+  EXPECT_EQ(innermost.d, 60);
+  EXPECT_EQ(innermost.e, 120);
+  EXPECT_TRUE(innermost.inner.empty());
+  EXPECT_EQ(to_json(parse_config(to_json(config), "x")), to_json(config));
+
+  const auto with = [&](const std::string& more) { return refusal(own + mixers + more + "}}"); };
+  EXPECT_EQ(with(R"("topology": "tree")"),
+            "m/config.json: coil.topology: expected \"stack\" or \"unet\", found \"tree\"");
+  EXPECT_EQ(with(R"("topology": "unet")"), "m/config.json: coil.unet is missing");
+  EXPECT_EQ(with(R"("unet": {})"),
+            "m/config.json: coil.unet: expected none with topology \"stack\", found an object");
+  EXPECT_EQ(with(unet + "[4]"), "m/config.json: coil.unet: expected an object, found an array");
+  EXPECT_EQ(with(unet + R"({"pools": 4})"),
+            "m/config.json: coil.unet.\"pools\": expected pool, widths or layers; the model needs "
+            "a newer Coil");
+  EXPECT_EQ(with(unet + "{}"), "m/config.json: coil.unet.pool is missing");
+  EXPECT_EQ(
+      with(unet + R"({"pool": [4, 1]})"),
+      "m/config.json: coil.unet.pool: expected a list of 1 to 8 whole numbers from 2 to 65536, "
+      "found 1");
+  EXPECT_EQ(with(unet + R"({"pool": [4, 2], "widths": [40, 80]})"),
+            "m/config.json: coil.unet.widths: expected a list of 3 whole numbers from 1 to 32768, "
+            "found an array");
+  EXPECT_EQ(with(unet + R"({"pool": [4], "widths": [32, 80], "layers": [2, 3]})"),
+            "m/config.json: coil.unet.widths: expected hidden_size, 40, as the first, found 32");
+  EXPECT_EQ(with(unet + R"({"pool": [4], "widths": [40, 80], "layers": [2, 2]})"),
+            "m/config.json: coil.unet.layers: expected num_hidden_layers, 5, in all, found 4");
+  EXPECT_EQ(with(R"("mlp": -1)"),
+            "m/config.json: coil.mlp: expected a whole number from 0 to 64, found -1");
+  EXPECT_EQ(refusal(kSmall + std::string(R"(, "coil": {"topology": "unet"}})")),
+            "m/config.json: coil.topology: expected none with model_type mamba, found \"unet\"");
+}
+
+TEST(Config, StagesByTheirPool) {
+  Config config;
+  config.d = 64;
+  config.layers.resize(3);
+  add_stages(config, "4,16", "", "s4d/s4d/mamba1");
+  EXPECT_EQ(mixer_names(config), "s4d,s4d,s4d/s4d,s4d,s4d/mamba1,mamba1,mamba1");
+  EXPECT_EQ(config.inner[1].pool, 16);
+  EXPECT_EQ(config.inner[1].d, 256);
+  add_stages(config, "4", "96", "s4d");
+  EXPECT_EQ(mixer_names(config), "s4d,s4d,s4d/s4d,s4d,s4d");
+  EXPECT_EQ(config.inner[0].d, 96);
+  const auto refused = [&](const char* pool, const char* widths, const char* mixers) {
+    try {
+      add_stages(config, pool, widths, mixers);
+    } catch (const Error& error) {
+      return std::string(error.what());
+    }
+    return std::string("accepted");
+  };
+  EXPECT_EQ(refused("4,x", "", "s4d"),
+            "pool '4,x': expected whole numbers from 2 to 65536, found 'x'");
+  EXPECT_EQ(refused("1", "", "s4d"), "pool '1': expected whole numbers from 2 to 65536, found '1'");
+  EXPECT_EQ(refused("", "", "s4d"),
+            "pool '': expected 1 to 8 whole numbers from 2 to 65536, found 0");
+  EXPECT_EQ(refused("4,4", "128", "s4d"),
+            "widths '128': expected 2, one for each number of pool, found 1");
+  EXPECT_EQ(refused("4", "", "s4d/s4d/s4d"),
+            "mixers 's4d/s4d/s4d': expected names for up to 2 stages, found 3");
 }
 
 TEST(Config, MixersOfLayers) {

@@ -455,6 +455,28 @@ TEST_F(CudaLarge, S4dScan) {
   expect_same_tail(gated, last, kTail, 0);
 }
 
+TEST_F(CudaLarge, DownsampleAndUpsample) {
+  const int64_t p = 4;
+  const Tensor x = large(DType::f32, kCols), y(*gpu, DType::f32, {kRows, kCols});
+  const Tensor steps(*gpu, DType::bf16, {kRows / p, p * kCols});
+  const Tensor last(*gpu, DType::bf16, {kTail / p, p * kCols});
+  const Tensor sum(*gpu, DType::f32, {kTail, kCols});
+  const Rows all = Rows::equal(*gpu, 1, kRows), tail = Rows::equal(*gpu, 1, kTail);
+  const View end = x.view().slice(kRows - kTail, kTail);
+  gpu->run(Downsample{.x = x, .y = steps, .rows = &all, .p = p});
+  gpu->run(Downsample{.x = end, .y = last, .rows = &tail, .p = p});
+  expect_same_tail(steps, last, kTail / p, 0);
+  gpu->run(Upsample{.x = steps, .residual = x, .y = y, .rows = &all, .p = p});
+  gpu->run(Upsample{.x = last, .residual = end, .y = sum, .rows = &tail, .p = p});
+  expect_same_tail(y, sum, kTail - p, 0);
+  gpu->run(UpsampleBackward{.dy = x, .dx = steps, .rows = &all, .p = p});
+  gpu->run(UpsampleBackward{.dy = end, .dx = last, .rows = &tail, .p = p});
+  expect_same_tail(steps, last, kTail / p, 0);
+  gpu->run(DownsampleBackward{.dy = steps, .dresidual = x, .dx = y, .rows = &all, .p = p});
+  gpu->run(DownsampleBackward{.dy = last, .dresidual = end, .dx = sum, .rows = &tail, .p = p});
+  expect_same_tail(y, sum, kTail, 0);
+}
+
 TEST_F(CudaLarge, EmbedPoolAndLoss) {
   const Tensor table = small({7, kCols}, 1), y(*gpu, DType::f32, {kRows, kCols});
   std::vector<int32_t> codes(kRows);

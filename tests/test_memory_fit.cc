@@ -138,8 +138,14 @@ TEST_F(MemoryFit, ThePlanIsWhatIsAllocated) {
   classifier.labels = {"a", "b", "c"};
   const Config small = network(gpu ? 256 : 64, gpu ? 8 : 2, 16);
   const Config wide = network(gpu ? 768 : 96, 2, gpu ? 50'280 : 3000);
+  Config unet = network(gpu ? 128 : 32, 2, 272);
+  unet.model_type = "coil";
+  unet.tie = false;
+  unet.mlp = 2;
+  add_stages(unet, "4,4", "", "s4d/mamba1/s4d");
   for (const DType matrices : {DType::f32, DType::bf16}) {
-    for (const Config* config : {static_cast<const Config*>(&classifier), &small, &wide}) {
+    for (const Config* config :
+         std::initializer_list<const Config*>{&classifier, &small, &wide, &unet}) {
       const int64_t rows = (config == &wide ? 1024 : 8192) * scale;
       for (const int64_t sequences : {1, 8}) {
         MemoryRequest request{.length = rows / sequences,

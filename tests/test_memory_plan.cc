@@ -29,6 +29,21 @@ TEST(MemoryPlan, WeightsAndStateAreThoseOfTheShapes) {
   EXPECT_GT(half.weights, plan.weights / 2);  // norms, A_log and the like stay f32
 }
 
+TEST(MemoryPlan, OfAUNetHoldsEveryStage) {
+  Config config = small();
+  config.model_type = "coil";
+  config.mlp = 1;
+  add_stages(config, "4,2", "", "mamba1/s4d");
+  const MemoryPlan plan = plan_memory(config, {.length = 100'000, .sequences = 5, .chunk = 1000});
+  EXPECT_EQ(plan.weights, 4 * parameters(config));
+  const int64_t d = config.d, layer = 4 * (config.w - 1) * config.e + 4 * config.e * config.n;
+  const int64_t inner = 3 * 4 * 2 * config.s4d_states * (2 * d + 4 * d);
+  const int64_t between = 4 * (3 * d + 4 * d) + 4 * (1 * 2 * d + 2 * 2 * d);  // rests, next steps
+  EXPECT_EQ(plan.state, 5 * (3 * layer + inner + between + 8 * (d + 1)));
+  EXPECT_EQ(plan.total(),
+            plan_memory(config, {.length = 1'000'000'000, .sequences = 5, .chunk = 1000}).total());
+}
+
 TEST(MemoryPlan, InferenceDependsOnTheChunkAndNotOnTheLength) {
   const MemoryPlan kilo = plan_memory(small(), {.length = 10'000, .chunk = 1000});
   const MemoryPlan giga = plan_memory(small(), {.length = 1'000'000'000, .chunk = 1000});

@@ -55,6 +55,8 @@ NamedView& find(std::vector<NamedView>& tensors, const std::string& name) {
 TEST_F(Files, SaveAndLoadKeepEveryBit) {
   Model lm = random_model(*backend_, small_config(true), 31);
   Model classifier = random_model(*backend_, classifier_config(Pooling::last), 32);
+  Model unet = random_model(*backend_, unet_config("s4d/mamba1,s4d/mamba1"), 36);
+  save_model(*backend_, unet, path("unet"));
   save_model(*backend_, lm, path("lm"));
   save_model(*backend_, lm, path("sharded"), 8000);
   save_model(*backend_, classifier, path("classifier"));
@@ -71,6 +73,7 @@ TEST_F(Files, SaveAndLoadKeepEveryBit) {
   expect_same(lm, load_model(*backend_, path("lm")));
   expect_same(lm, load_model(*backend_, path("sharded")));
   expect_same(classifier, load_model(*backend_, path("classifier")));
+  expect_same(unet, load_model(*backend_, path("unet")));
 }
 
 TEST_F(Files, NamesOfOtherWritersAreRead) {

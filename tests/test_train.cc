@@ -178,6 +178,52 @@ TEST_F(Train, LayersOfS4dLearnAndResumeExactly) {
   EXPECT_EQ(bits("whole"), bits("broken"));
 }
 
+TEST_F(Train, AUNetLearnsAndResumesExactly) {
+  TrainOptions options = small(periodic_fasta("r.fa"), "whole");
+  options.objective = Objective::lm;
+  options.topology = "unet";
+  options.pool = "3,2";
+  options.widths = "24,20";
+  options.mixers = "s4d/mamba1";
+  options.s4d_states = 4;
+  options.min_length = options.max_length = 100;
+  options.steps = 60;
+  EXPECT_EQ(run(options), 0);
+  const Config config = read_config(at("whole"));
+  EXPECT_EQ(mixer_names(config), "s4d/mamba1/mamba1");
+  EXPECT_EQ(config.inner[1].d, 20);
+  EXPECT_EQ(config.mlp, 2);
+  EXPECT_FALSE(config.tie);
+  EXPECT_LT(evaluate_on("whole", at("r.fa")).bits_per_base, 0.5);  // of 2
+  EXPECT_NE(read_text(folder_ / "whole" / "README.md")
+                .find("U-Net of 3 stages, pooling 3, 2, layers 1 s4d / 1 mamba1 / 1 mamba1, d 16 / "
+                      "24 / 20, n 16, MLP 2"),
+            std::string::npos);
+  options.out = at("broken");
+  int calls = 0;
+  run(options, {.interrupted = [&] { return ++calls == 13 ? SIGINT : 0; }});
+  options.resume = true;
+  run(options);
+  EXPECT_EQ(bits("whole"), bits("broken"));
+
+  TrainOptions from = small(at("r.fa"), "tuned");  // the network is that of the model
+  from.objective = Objective::lm;
+  from.from = at("whole");
+  from.min_length = from.max_length = 100;
+  EXPECT_EQ(run(from), 0);
+  EXPECT_EQ(mixer_names(read_config(at("tuned"))), "s4d/mamba1/mamba1");
+
+  options = small(at("r.fa"), "no");
+  options.topology = "tree";
+  EXPECT_EQ(failure(options), "--topology 'tree': expected stack or unet");
+  options.topology = "stack";
+  options.pool = "4";
+  EXPECT_EQ(failure(options), "--pool: a stack has no stages");
+  options.topology = "unet";
+  options.pool = "4,0";
+  EXPECT_EQ(failure(options), "pool '4,0': expected whole numbers from 2 to 65536, found '0'");
+}
+
 TEST_F(Train, LearnsClassesFromFolders) {
   TrainOptions options = small(gc_folders("data", 6000), "model");
   options.min_length = 50;

@@ -53,6 +53,10 @@ class CudaBackend final : public Backend {
   void run(const S4dScanBackward&) override;
   void run(const Glu&) override;
   void run(const GluBackward&) override;
+  void run(const Downsample&) override;
+  void run(const DownsampleBackward&) override;
+  void run(const Upsample&) override;
+  void run(const UpsampleBackward&) override;
   bool try_run(const MambaStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
