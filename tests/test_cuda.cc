@@ -165,22 +165,46 @@ TEST_P(Cuda, SameBitsTwice) {
   }
 }
 
-// Racecheck sees shared memory only.
+// Racecheck sees shared memory only. Every repeat begins with the outputs as they were and is
+// looked at: many of them come to the host in one piece.
 TEST_P(Cuda, SameBitsAThousandTimes) {
-  OpShape shape{.d = 72, .e = 150, .n = 16, .r = 5, .v = 7, .pieces = ragged_pieces(3001)};
-  shape.matrices = GetParam();
-  const OpCases all(*gpu, shape);
-  for (const OpCase& op : all.cases) {
-    if (op.name.starts_with("gemm")) continue;
-    const auto first = run(*gpu, op);
-    std::vector<Kept> before;
-    for (const View& view : op.outputs) before.push_back({values_of<double>(*gpu, view)});
-    for (int repeat = 0; repeat < 1000; ++repeat) op.run(*gpu);
-    for (size_t i = 0; i < before.size(); ++i) before[i].restore(*gpu, op.outputs[i]);
-    const auto last = run(*gpu, op);
-    for (size_t i = 0; i < first.size(); ++i)
-      EXPECT_EQ(std::memcmp(first[i].data(), last[i].data(), first[i].size() * sizeof(double)), 0)
-          << op.name << ", output " << i;
+  for (const auto& [longest, repeats] : {std::pair{501, 1000}, {3001, 100}}) {
+    OpShape shape{.d = 72, .e = 150, .n = 16, .r = 5, .v = 7, .pieces = ragged_pieces(longest)};
+    shape.matrices = GetParam();
+    const OpCases all(*gpu, shape);
+    for (const OpCase& op : all.cases) {
+      if (op.name.find("one row") != std::string::npos) continue;  // other weights every time
+      int64_t count = 0;
+      std::vector<Tensor> before;
+      for (const View& view : op.outputs) {
+        before.emplace_back(*gpu, view.dtype, std::span<const int64_t>(view.size, view.rank));
+        gpu->copy(view, before.back());
+        count += view.count();
+      }
+      const int64_t at_once = std::clamp<int64_t>(4'000'000 / count, 1, repeats);
+      const Tensor found(*gpu, DType::f64, {at_once, count});
+      std::vector<double> first;
+      for (int64_t begin = 0; begin < repeats; begin += at_once) {
+        const int64_t here = std::min(at_once, repeats - begin);
+        for (int64_t k = 0; k < here; ++k) {
+          op.run(*gpu);
+          auto* to = found.as<double>() + k * count;
+          for (size_t i = 0; i < before.size(); ++i) {
+            View packed = before[i];
+            packed.dtype = DType::f64;
+            packed.data = to;
+            gpu->copy(op.outputs[i], packed);
+            gpu->copy(before[i], op.outputs[i]);
+            to += packed.count();
+          }
+        }
+        const auto values = values_of<double>(*gpu, found.view().slice(0, here));
+        if (begin == 0) first.assign(values.begin(), values.begin() + count);
+        for (int64_t k = 0; k < here; ++k)
+          ASSERT_EQ(std::memcmp(first.data(), &values[k * count], count * sizeof(double)), 0)
+              << op.name << ", repeat " << begin + k << ", longest piece " << longest;
+      }
+    }
   }
 }
 
