@@ -1,7 +1,7 @@
-// Every case of op_cases.h on the GPU against the CPU backend: f32 to rounding, bf16 within its
-// own; ragged batches with states carried, forked and discarded, long sequences, decoding. The same
-// bits twice, also over many repeats at odd sizes, where an order between blocks that nothing
-// enforces would show.
+// Every case of op_cases.h and op_variants.h on the GPU against the CPU backend: f32 to rounding,
+// bf16 within its own; ragged batches with states carried, forked and discarded, long sequences,
+// decoding. The same bits twice, also over many repeats at odd sizes, where an order between blocks
+// that nothing enforces would show.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 #include <random>
 
 #include "kernels/error.h"
-#include "kernels/op_cases.h"
 #include "tests/gradcheck.h"
+#include "tests/op_variants.h"
 #include "tests/test_device.h"
 
 namespace coil {
@@ -121,7 +121,7 @@ TEST_P(Cuda, EveryOpAgreesWithTheCpu) {
     const Piece& last = shape.pieces.back();
     if (small && (last.begin + last.length) * std::max(shape.e, shape.v) > 4'000'000) continue;
     shape.matrices = GetParam();
-    const OpCases on_cpu(*cpu, shape), on_gpu(*gpu, shape);
+    const EveryOpCase on_cpu(*cpu, shape), on_gpu(*gpu, shape);
     double worst = 0;
     std::string worst_op;
     for (const OpCase& op : on_gpu.cases) {
@@ -153,7 +153,7 @@ TEST_P(Cuda, EveryOpAgreesWithTheCpu) {
 TEST_P(Cuda, SameBitsTwice) {
   for (auto [name, shape] : shapes()) {
     shape.matrices = GetParam();
-    const OpCases all(*gpu, shape);
+    const EveryOpCase all(*gpu, shape);
     for (const OpCase& op : all.cases) {
       if (op.name.find("one row") != std::string::npos) continue;  // other weights every time
       const auto first = run(*gpu, op), second = run(*gpu, op);
@@ -171,7 +171,7 @@ TEST_P(Cuda, SameBitsAThousandTimes) {
   for (const auto& [longest, repeats] : {std::pair{501, 1000}, {3001, 100}}) {
     OpShape shape{.d = 72, .e = 150, .n = 16, .r = 5, .v = 7, .pieces = ragged_pieces(longest)};
     shape.matrices = GetParam();
-    const OpCases all(*gpu, shape);
+    const EveryOpCase all(*gpu, shape);
     for (const OpCase& op : all.cases) {
       if (op.name.find("one row") != std::string::npos) continue;  // other weights every time
       int64_t count = 0;
@@ -323,7 +323,7 @@ TEST_P(Cuda, GradientOfAnEmbeddingOfWords) {
 
 TEST_P(Cuda, HostMemoryIsRefusedNotRead) {
   OpShape shape{.d = 32, .e = 64, .r = 2, .pieces = whole_pieces({10})};
-  const OpCases on_cpu(*cpu, shape);
+  const EveryOpCase on_cpu(*cpu, shape);
   for (const OpCase& op : on_cpu.cases) {
     if (op.name == "gemm in_proj bf16") continue;
     EXPECT_THROW(op.run(*gpu), Error) << op.name;
