@@ -86,6 +86,7 @@ class OpVariants {
     upon.beta = -0.75f;
     add("gemm bias upon c", {a, b, bias, upon.c}, {upon.c}, upon);
     upon.bias = {};
+    upon.c = activations({t_, out});
     add("gemm upon c", {a, b, upon.c}, {upon.c}, upon);
     const View weight = values({out, d});
     const View dy = activations({t_, out}, 1 / std::sqrt(static_cast<float>(t_)));

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <random>
 
-#include "kernels/error.h"
 #include "kernels/ops.h"
 #include "tests/gradcheck.h"
 #include "tests/test_device.h"
