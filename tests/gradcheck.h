@@ -109,6 +109,16 @@ inline double root_mean_square(const std::vector<double>& x) {
   return x.empty() ? 0 : std::sqrt(sum / x.size());
 }
 
+// |found - expected| / |expected|, L2 over all of both.
+inline double relative(const std::vector<double>& found, const std::vector<double>& expected) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    difference += (found[i] - expected[i]) * (found[i] - expected[i]);
+    norm += expected[i] * expected[i];
+  }
+  return std::sqrt(difference / std::max(norm, 1e-30));
+}
+
 // |got - expected| <= tolerance (|expected| + rms of expected), everywhere.
 inline void expect_close(const std::string& name, const std::vector<double>& got,
                          const std::vector<double>& expected, double tolerance) {

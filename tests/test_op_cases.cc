@@ -1,11 +1,11 @@
-// Every case of op_cases.h at small shapes: same bits twice, the same answer on one thread and on
-// two, and a NaN in any input comes out.
-#include "kernels/op_cases.h"
-
+// Every case of op_cases.h and op_variants.h at small shapes: same bits twice, the same answer on
+// one thread and on two, and a NaN in any input comes out.
 #include <gtest/gtest.h>
 
 #include <cstring>
 #include <limits>
+
+#include "tests/op_variants.h"
 
 namespace coil {
 namespace {
@@ -54,7 +54,7 @@ class OpCasesTest : public testing::TestWithParam<bool> {
 INSTANTIATE_TEST_SUITE_P(States, OpCasesTest, testing::Bool());
 
 TEST_P(OpCasesTest, SameBitsTwiceAndAnyThreads) {
-  const OpCases all(*backend, shape);
+  const EveryOpCase all(*backend, shape);
   for (const OpCase& op : all.cases) {
     if (op.name.starts_with("gemm in_proj one row")) continue;  // takes other weights every time
     const auto first = outputs(*backend, op), second = outputs(*backend, op);
@@ -71,7 +71,7 @@ TEST_P(OpCasesTest, SameBitsTwiceAndAnyThreads) {
 }
 
 TEST_P(OpCasesTest, NanComesOut) {
-  const OpCases all(*backend, shape);
+  const EveryOpCase all(*backend, shape);
   for (const OpCase& op : all.cases) {
     for (size_t i = 0; i < op.inputs.size(); ++i) {
       float& value =
