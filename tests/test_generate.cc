@@ -34,7 +34,9 @@ Config audio_config(SampleCodes codes, const char* mixers = "mamba1", int64_t ra
   config.d = 64;  // what a GPU's MambaStep takes
   config.e = 128;
   config.dt_rank = 8;
-  config.layers = parse_mixers(mixers, 2);
+  const bool unet = std::string(mixers).find('/') != std::string::npos;
+  config.layers = parse_mixers(unet ? "s4d" : mixers, 2);
+  if (unet) add_stages(config, "4,2", "", mixers);
   config.s4d_states = 4;
   config.vocab = audio_vocabulary(config);
   return config;
@@ -220,10 +222,10 @@ TEST_P(GenerateTest, GoesOnFromAState) {
   std::filesystem::remove_all(folder);
 }
 
-INSTANTIATE_TEST_SUITE_P(CodesAndMixers, GenerateTest,
-                         ::testing::Combine(::testing::Values(SampleCodes::mulaw,
-                                                              SampleCodes::pcm16),
-                                            ::testing::Values("mamba1", "s4d,mamba1")));
+INSTANTIATE_TEST_SUITE_P(
+    CodesAndMixers, GenerateTest,
+    ::testing::Combine(::testing::Values(SampleCodes::mulaw, SampleCodes::pcm16),
+                       ::testing::Values("mamba1", "s4d,mamba1", "s4d/mamba1")));
 
 TEST(Generate, DrawsByTheProbabilities) {
   COIL_NEEDS_TEST_DEVICE();
