@@ -46,7 +46,9 @@ struct SumRows {
   View x, out;
 };
 
-// y[i] = table[ids[i]]. ids (t) i32 within 0 … v-1 (checked); table (v,d) f32 or bf16; y (t,d) f32.
+// y[i] = table[ids[i]]. ids (t) i32 within 0 … v-1; table (v,d) f32 or bf16; y (t,d) f32.
+// Another id is refused on a CPU. On CUDA, where to refuse it would mean to wait for the card, its
+// row is NaN, and backward leaves its gradient out.
 struct Embed {
   View ids, table, y;
 };
@@ -266,7 +268,8 @@ struct PoolBackward {  // of whole sequences (position 0, last): dx (t,d) from d
 };
 
 // loss[i] = -weight * log softmax(logits[i])[targets[i]] in nats. targets (m) i32; -1: not counted,
-// loss 0. With `dlogits`, also dlogits = scale * weight * (softmax - onehot), 0 for rows not
+// loss 0; any other outside 0 … v-1 is refused on a CPU, and on CUDA gives a loss and a gradient
+// of NaN. With `dlogits`, also dlogits = scale * weight * (softmax - onehot), 0 for rows not
 // counted; may be logits. With `total`, also total(1) f64 += sum of loss, in f64 and a fixed order.
 struct CrossEntropy {
   View logits;         // (m,v) f32

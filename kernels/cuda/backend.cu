@@ -100,6 +100,21 @@ int blocks_for(int64_t count, int processors) {
   return static_cast<int>(std::min<int64_t>(cuda::div_up(count, kThreads), 16 * processors));
 }
 
+// Page-locked, so that the card reads and writes it by itself. Where there is none, fewer rows at a
+// time on the card would not help: no OutOfMemory.
+void* host_memory(int64_t bytes) {
+  void* data = nullptr;
+  const cudaError_t status = cudaHostAlloc(&data, bytes, cudaHostAllocDefault);
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    throw Error(fmt::format("out of host memory: {} ({} bytes) of page-locked memory asked for",
+                            binary_size(bytes), bytes),
+                "free memory of the machine, not of the GPU");
+  }
+  check_call(status, "host memory");
+  return data;
+}
+
 View flat(const View& view) { return view.contiguous() ? view.reshape({view.count()}) : view; }
 
 }  // namespace
@@ -140,7 +155,10 @@ Blocks::Device cuda_memory(int index, int64_t limit) {
           .look =
               [](Memory& memory) {
                 size_t free = 0, total = 0;
-                if (cudaMemGetInfo(&free, &total) != cudaSuccess) return;
+                if (cudaMemGetInfo(&free, &total) != cudaSuccess) {
+                  cudaGetLastError();
+                  return;
+                }
                 memory.free = static_cast<int64_t>(free);
                 memory.total = static_cast<int64_t>(total);
               }};
@@ -214,7 +232,7 @@ void CudaBackend::sync() { check_call(cudaStreamSynchronize(stream_), "cuda"); }
 // does not.
 void CudaBackend::upload(const void* from, void* to, int64_t bytes) {
   if (!staging_.data) {
-    check_call(cudaHostAlloc(&staging_.data, 2 * kHalf, cudaHostAllocDefault), "host memory");
+    staging_.data = static_cast<char*>(host_memory(2 * kHalf));
     for (cudaEvent_t& event : staging_.read)
       check_call(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "cuda");
   }
@@ -244,7 +262,7 @@ void* CudaBackend::alloc_host(int64_t bytes) {
     kept->second.pop_back();
     return data;
   }
-  check_call(cudaHostAlloc(&data, size, cudaHostAllocDefault), "host memory");
+  data = host_memory(size);
   host_blocks_[data] = size;
   return data;
 }

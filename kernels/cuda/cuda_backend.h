@@ -75,7 +75,8 @@ class CudaBackend final : public Backend {
   int index_, processors_ = 0;
   Blocks blocks_;
   cudaStream_t stream_ = nullptr;
-  std::unique_ptr<Products, void (*)(Products*)> products_;
+  void* workspace_ = nullptr;  // of matrix products: kDeviceWorkspace bytes
+  std::unique_ptr<Products, void (*)(Products*)> products_;  // from the first Gemm on
 
   // Of mamba_step.cu, from launch to launch.
   struct StepBytes {

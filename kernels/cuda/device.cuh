@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <string>
 #include <type_traits>
 
 #include "kernels/cuda/cuda_backend.h"
@@ -20,10 +21,24 @@ namespace coil::cuda {
 
 using bf16 = __nv_bfloat16;
 
+// How much memory the current card has left, for messages.
+inline std::string free_memory() {
+  size_t free = 0, total = 0;
+  if (cudaMemGetInfo(&free, &total) == cudaSuccess)
+    return fmt::format("{} free of {}", binary_size(static_cast<int64_t>(free)),
+                       binary_size(static_cast<int64_t>(total)));
+  cudaGetLastError();
+  return "how much is free is not known";
+}
+// A call that failed leaves its error behind, which the next check_launch() would take for one of
+// its own: it is cleared. One that broke the context comes back by itself.
 inline void check_call(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) [[likely]]
+    return;
+  cudaGetLastError();
   if (status == cudaErrorMemoryAllocation)  // kernels are loaded when first used
-    throw OutOfMemory(fmt::format("{}: out of memory on the GPU", what));
-  coil::check(status == cudaSuccess, "{}: {}", what, cudaGetErrorString(status));
+    throw OutOfMemory(fmt::format("{}: out of memory on the GPU, {}", what, free_memory()));
+  fail("{}: {}", what, cudaGetErrorString(status));
 }
 // After each launch: a refused launch is an error of the op that made it.
 inline void check_launch(const char* op) { check_call(cudaGetLastError(), op); }

@@ -1,9 +1,14 @@
 // Matrix products by cuBLASLt, f32 or bf16 operands, f32 sums.
 //
 // cuBLASLt is some 500 MB and needed on a GPU only, so it is opened when the first product comes.
+// Its work space is taken before, so that what is free then is what there will be.
 // Row-major c = op(a) op(b) is column-major c' = op(b)' op(a)'. Algorithms are asked for once per
 // shape, types and alignment; split-k sums of a fixed order only, so that bits repeat. What
 // cuBLASLt has no algorithm for (bf16 views at odd offsets, say) a plain tiled kernel computes.
+//
+// A bias is added by the product itself where c is f32 and written anew. cuBLASLt wants a bias of
+// the type of c, and ours are f32 always: into c of bf16 a kernel writes it first, rounded as it
+// would have to be for cuBLASLt, and the product is added to that.
 #include <cublasLt.h>
 #include <dlfcn.h>
 
@@ -38,7 +43,8 @@ struct Library {
       if (!handle) handle = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (!handle)
       throw Error("cannot open libcublasLt.so.13, expected the CUDA 13 libraries",
-                  "install libcublas-13-0, or name its folder in LD_LIBRARY_PATH");
+                  "install libcublas-13-0, or name its folder in LD_LIBRARY_PATH; --device cpu "
+                  "needs neither");
     const auto find = [&](auto& function, const char* name) {
       function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(handle, name));
       check(function != nullptr, "libcublasLt.so.13 has no '{}'", name);
@@ -56,10 +62,13 @@ struct Library {
 };
 
 void check_blas(cublasStatus_t status, const char* what) {
+  if (status == CUBLAS_STATUS_SUCCESS) [[likely]]
+    return;
+  cudaGetLastError();                        // as in check_call()
   if (status == CUBLAS_STATUS_ALLOC_FAILED)  // its kernels are loaded when first used
-    throw OutOfMemory(fmt::format("gemm: {}: out of memory on the GPU", what));
-  check(status == CUBLAS_STATUS_SUCCESS, "gemm: {} gave cuBLAS status {}", what,
-        static_cast<int>(status));
+    throw OutOfMemory(
+        fmt::format("gemm: {}: out of memory on the GPU, {}", what, cuda::free_memory()));
+  fail("gemm: {} gave cuBLAS status {}", what, static_cast<int>(status));
 }
 
 // c = beta c + bias, a row at a time.
@@ -106,7 +115,7 @@ cudaDataType_t type_of(const View& view) {
 // Rows of a view of one row may have any stride; libraries want at least the width.
 int64_t leading(const View& view) { return std::max(view.stride[0], view.size[1]); }
 
-uint32_t alignment(const View& view) {
+uint32_t alignment(const View& view) {  // 256 at most
   const auto bits = reinterpret_cast<uintptr_t>(view.data) | 256;
   return static_cast<uint32_t>(bits & -bits);
 }
@@ -114,15 +123,14 @@ uint32_t alignment(const View& view) {
 }  // namespace
 
 struct CudaBackend::Products {
-  // m n k, leading dimensions, types and transposes, alignments.
-  using Key = std::array<int64_t, 8>;
+  // m n k, leading dimensions; types, transposes and alignments.
+  using Key = std::array<int64_t, 7>;
   struct Algorithm {
     bool found = false;
     cublasLtMatmulAlgo_t algorithm;
   };
   const Library library;
   cublasLtHandle_t handle = nullptr;
-  void* workspace = nullptr;  // kDeviceWorkspace bytes, of the backend's blocks
   std::map<Key, Algorithm> algorithms;
 
   Products() { check_blas(library.create(&handle), "cublasLtCreate"); }
@@ -130,12 +138,14 @@ struct CudaBackend::Products {
     if (handle) library.destroy(handle);
   }
 
-  // False: cuBLASLt has nothing for it.
-  bool run(const Gemm& op, float beta, int64_t m, int64_t n, int64_t k, cudaStream_t stream);
+  // c = alpha op(a) op(b) + beta c, plus op.bias where with_bias. False: cuBLASLt has nothing for
+  // it.
+  bool run(const Gemm& op, float beta, bool with_bias, int64_t m, int64_t n, int64_t k,
+           void* workspace, cudaStream_t stream);
 };
 
-bool CudaBackend::Products::run(const Gemm& op, float beta, int64_t m, int64_t n, int64_t k,
-                                cudaStream_t stream) {
+bool CudaBackend::Products::run(const Gemm& op, float beta, bool with_bias, int64_t m, int64_t n,
+                                int64_t k, void* workspace, cudaStream_t stream) {
   cublasLtMatmulDescOpaque_t desc;
   cublasLtMatrixLayoutOpaque_t a, b, c;
   check_blas(library.desc_init(&desc, sizeof desc, CUBLAS_COMPUTE_32F, CUDA_R_32F),
@@ -144,6 +154,14 @@ bool CudaBackend::Products::run(const Gemm& op, float beta, int64_t m, int64_t n
   const cublasOperation_t tb = op.ta ? CUBLAS_OP_T : CUBLAS_OP_N;
   check_blas(library.desc_set(&desc, CUBLASLT_MATMUL_DESC_TRANSA, &ta, sizeof ta), "a transpose");
   check_blas(library.desc_set(&desc, CUBLASLT_MATMUL_DESC_TRANSB, &tb, sizeof tb), "a transpose");
+  if (with_bias) {  // along the rows of column-major c', not scaled by alpha
+    const cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    const void* const bias = op.bias.data;
+    check_blas(library.desc_set(&desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue),
+               "a bias");
+    check_blas(library.desc_set(&desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias),
+               "a bias");
+  }
   const auto layout = [&](cublasLtMatrixLayoutOpaque_t& to, const View& view) {
     check_blas(library.layout_init(&to, sizeof to, type_of(view), view.size[1], view.size[0],
                                    leading(view)),
@@ -155,7 +173,8 @@ bool CudaBackend::Products::run(const Gemm& op, float beta, int64_t m, int64_t n
   const uint32_t alignments[] = {alignment(op.b), alignment(op.a), alignment(op.c)};
   const int64_t flags = op.ta | op.tb << 1 | (op.b.dtype == DType::bf16) << 2 |
                         (op.c.dtype == DType::bf16) << 3 | (beta != 0) << 4 | alignments[0] << 5 |
-                        alignments[1] << 15 | static_cast<int64_t>(alignments[2]) << 25;
+                        alignments[1] << 15 | static_cast<int64_t>(alignments[2]) << 25 |
+                        (with_bias ? static_cast<int64_t>(alignment(op.bias)) << 35 : 0);
   const Key key{m, n, k, leading(op.a), leading(op.b), leading(op.c), flags};
   constexpr size_t kMost = 4096;  // shapes kept
   if (algorithms.size() >= kMost && !algorithms.contains(key)) algorithms.clear();
@@ -197,8 +216,7 @@ CudaBackend::CudaBackend(int index, int64_t limit)
                    "cuda");
   cuda::check_call(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cuda");
   try {
-    products_.reset(new Products);
-    products_->workspace = alloc(kDeviceWorkspace);
+    workspace_ = alloc(kDeviceWorkspace);
   } catch (...) {
     cudaStreamDestroy(stream_);
     throw;
@@ -233,9 +251,18 @@ void CudaBackend::run(const Gemm& op) {
   check(op.c.dtype == DType::f32 || op.b.dtype == DType::bf16,
         "gemm: c is {}, expected f32 beside f32 operands", op.c.shape());
   expect_if("gemm", "bias", op.bias, DType::f32, {n});
+  cuda::expect_here("gemm", "bias", op.bias, device());
   if (m * n == 0) return;
 
+  if (!products_) {  // of one thread, as all ops of a backend; it belongs to the current card
+    cuda::check_call(cudaSetDevice(index_), "cuda");
+    products_.reset(new Products);
+  }
+  const auto product = [&](float beta, bool with_bias) {
+    return products_->run(op, beta, with_bias, m, n, k, workspace_, stream_);
+  };
   float beta = op.beta;
+  if (op.bias && op.c.dtype == DType::f32 && beta == 0 && k > 0 && product(beta, true)) return;
   if (op.bias || k == 0) {  // c = beta * c + bias first, then the product is added
     const int64_t blocks = std::min<int64_t>(cuda::div_up(m * n, kThreads), 16 * processors_);
     cuda::with_type("gemm", op.c, [&](auto type) {
@@ -247,7 +274,7 @@ void CudaBackend::run(const Gemm& op) {
     beta = 1;
     if (k == 0) return;
   }
-  if (products_->run(op, beta, m, n, k, stream_)) return;
+  if (product(beta, false)) return;
   const dim3 grid(static_cast<unsigned>(cuda::div_up(m, kTile)),
                   static_cast<unsigned>(cuda::div_up(n, kTile)));
   cuda::with_type("gemm", op.b, [&](auto in) {

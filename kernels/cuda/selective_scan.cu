@@ -267,6 +267,7 @@ void CudaBackend::run(const SelectiveScan& op) {
   expect_here("selective_scan", "y", op.y, device());
   check(op.y.data != op.x.data, "selective_scan: y is x, expected another tensor");
   expect_if("selective_scan", "sum_dt", op.sum_dt, DType::f32, {pieces, e});
+  expect_here("selective_scan", "sum_dt", op.sum_dt, device());
   if (op.state || op.rows->slots() > 0)
     check_scan_state("selective_scan", "state", *this, op.state, *op.rows, e, n);
   if (t == 0 || e == 0 || n == 0) return;
