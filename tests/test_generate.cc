@@ -282,7 +282,8 @@ TEST(Generate, EndsWhenNobodyWantsMore) {
   int asked = 0;
   interrupted.run(
       {.emit = [](auto...) { return true; }, .interrupted = [&] { return ++asked > 3; }});
-  EXPECT_EQ(asked, 4);
+  EXPECT_GE(asked, 4);
+  EXPECT_LE(asked, 5);  // a GPU has drawn a block ahead
 }
 
 TEST(Guard, WhatIsARunaway) {
