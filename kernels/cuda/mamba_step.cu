@@ -10,14 +10,14 @@
 //   out   this block's columns of out_proj, added to the residual stream
 // What a phase hands on goes through L2 and says itself that it is there (mamba_step.cuh); there is
 // no barrier. Weights and states lie in shared memory before they are needed: threads of their own
-// fetch the next layer's as soon as a phase has used what lies there.
+// copy the next layer's as soon as a phase has used what lies there.
 //
 // d 512, e 1024, n 16, r 32, 12 layers, bf16, 132 multiprocessors. A layer has 3.3 MB of weights
 // and for each sequence 66 KB of states, in and out. At B1 latency is all there is: three ways
-// through L2 a layer, some 4000 cycles, and the work between them. On an H200 a layer takes 16000
-// cycles, 115 us a step: 100 KB of instructions go by each layer and are fetched anew. At B64 a
-// layer moves 8.4 MB of states and 3.3 MB of weights, 4 us of 3 TB/s, a block receives some 32 KB a
-// phase, and a step takes 196 us. With barriers instead these were 161 and 236 us.
+// through L2 a layer, some 4000 cycles, and chains of instructions between them. On an H200 a layer
+// takes 12900 cycles, 97 us a step with what comes before and after. At B64 a layer moves 8.4 MB of
+// states and 3.3 MB of weights, 4 us of 3 TB/s, a block receives some 32 KB a phase; 23700 cycles,
+// 172 us a step. docs/performance.md has what was tried.
 #include <cstring>
 
 #include "kernels/cuda/mamba_block.cuh"
