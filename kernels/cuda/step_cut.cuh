@@ -388,8 +388,9 @@ std::vector<StepCopies> all_copies(const StepCut& cut, const StepShape& shape, i
   std::vector<StepCopies> all;
   for (int block = 0; block < cut.blocks; ++block) {
     int piece = 64;
-    while (!copies_of<T>(cut, shape, layers, block, piece).fits()) piece *= 2;
-    all.push_back(copies_of<T>(cut, shape, layers, block, piece).done());
+    StepSharer shares = copies_of<T>(cut, shape, layers, block, piece);
+    while (!shares.fits()) shares = copies_of<T>(cut, shape, layers, block, piece *= 2);
+    all.push_back(shares.done());
   }
   return all;
 }
