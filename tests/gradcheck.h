@@ -14,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/error.h"
+#include "kernels/ops.h"
 #include "kernels/tensor.h"
 #include "tests/reference.h"
 
@@ -21,6 +23,17 @@ namespace coil {
 
 using Complex = std::complex<double>;
 constexpr double kComplexStep = 1e-30;
+
+// What an op that is refused says.
+template <class Op>
+std::string message_of(Backend& backend, const Op& op) {
+  try {
+    backend.run(op);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return "no error";
+}
 
 // Which slots of a state pieces write and read.
 struct SlotUse {

@@ -270,16 +270,6 @@ TEST(Conv1d, ExtremeValuesDoNotOverflow) {
   EXPECT_EQ(o.y.at(12), 1e30f);
 }
 
-template <class Op>
-std::string message_of(Backend& backend, const Op& op) {
-  try {
-    backend.run(op);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(Conv1d, ErrorsNameOpAndOperand) {
   Operands o({.pieces = {{.begin = 0, .length = 6, .from = 0, .to = 2}}, .c = 8});
   Conv1d op = o.forward();

@@ -289,16 +289,6 @@ TEST(Downsample, TheCoarseBatchHoldsThePiecesThatAreDue) {
   EXPECT_EQ(pooled.first, (std::vector<int64_t>{0, 1, 1, 4, 4}));
 }
 
-template <class Op>
-std::string message_of(Backend& backend, const Op& op) {
-  try {
-    backend.run(op);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(Downsample, ErrorsNameOpAndOperand) {
   Operands o({.pieces = {{.begin = 0, .length = 9, .from = 0, .to = 2}}, .d = 8});
   Downsample op = o.downsample();

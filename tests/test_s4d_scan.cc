@@ -399,16 +399,6 @@ TEST(S4dScan, NoRowsAtAll) {
   o.backend->run(o.backward());
 }
 
-template <class Op>
-std::string message_of(Backend& backend, const Op& op) {
-  try {
-    backend.run(op);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(S4dScan, ErrorsNameOpAndOperand) {
   Operands o({.pieces = {{.begin = 0, .length = 6, .from = 0, .to = 2}}, .d = 8, .n = 4});
   S4dScan op = o.forward();

@@ -374,16 +374,6 @@ TEST(SelectiveScan, NoRowsAtAll) {
   o.backend->run(o.backward());
 }
 
-template <class Op>
-std::string message_of(Backend& backend, const Op& op) {
-  try {
-    backend.run(op);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
 TEST(SelectiveScan, ErrorsNameOpAndOperand) {
   Operands o({.pieces = {{.begin = 0, .length = 6, .from = 0, .to = 2}}, .e = 8, .n = 4});
   SelectiveScan op = o.forward();
