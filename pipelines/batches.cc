@@ -11,6 +11,7 @@
 #include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "model/params.h"
+#include "pipelines/hash.h"
 
 namespace coil {
 namespace {
@@ -118,8 +119,8 @@ Partition partition_records(const Examples& all, double fraction, int64_t min_le
   };
   std::map<int32_t, std::vector<Drawn>> by_class;
   for (const Example& record : whole_records(all)) {
-    uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
-    for (const unsigned char c : all.names[record.record]) hash = (hash ^ c) * 0x100000001b3;
+    const std::string& name = all.names[record.record];
+    const uint64_t hash = hash_bytes(name.data(), name.size());
     Philox random(seed, kHoldOutNameStream, hash);
     by_class[record.label].push_back({random.next(), record});
   }

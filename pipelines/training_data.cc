@@ -5,6 +5,7 @@
 #include "audio/dataset.h"
 #include "genomics/dataset.h"
 #include "kernels/error.h"
+#include "pipelines/hash.h"
 
 namespace coil {
 namespace {
@@ -12,13 +13,10 @@ namespace {
 constexpr int64_t kWindow = 1024;       // bases, of language modelling
 constexpr int64_t kAudioWindow = 8192;  // samples, likewise, where a batch holds as many
 
-// FNV-1a over what is trained and validated on: a resumed run must see the same data, wherever it
+// Of what is trained and validated on: a resumed run must see the same data, wherever it
 // lies now.
-uint64_t fingerprint(const Examples& all, uint64_t hash = 0xcbf29ce484222325) {
-  const auto mix = [&](const void* data, size_t bytes) {
-    const auto* at = static_cast<const uint8_t*>(data);
-    for (size_t i = 0; i < bytes; ++i) hash = (hash ^ at[i]) * 0x100000001b3;
-  };
+uint64_t fingerprint(const Examples& all, uint64_t hash = kHashStart) {
+  const auto mix = [&](const void* data, size_t bytes) { hash = hash_bytes(data, bytes, hash); };
   for (const auto& codes : all.codes) mix(codes.data(), codes.size());
   for (const auto& label : all.labels) mix(label.c_str(), label.size() + 1);
   for (const Example& item : all.items) {
