@@ -15,9 +15,9 @@
 #include "kernels/error.h"
 #include "kernels/op_cases.h"
 #include "model/counting_backend.h"
-#include "model/head.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
+#include "model/unet_step.h"
 #include "pipelines/fit.h"
 #include "pipelines/run_log.h"
 #include "pipelines/train.h"
@@ -220,6 +220,7 @@ class Workload {
 
   void begin_inference(DType matrices) {
     model_ = weights(matrices);
+    tables_ = s4d_tables(backend_, model_);
     state_.emplace(backend_, config_, static_cast<int32_t>(options_.batch));
   }
   void prefill(int64_t chunk) {
@@ -248,7 +249,7 @@ class Workload {
   // Ids from the host to logits on the device.
   void step(int64_t steps, int64_t position, bool last) {
     const Rows rows = next_pieces(backend_, options_.batch, steps, position, last);
-    step_logits(backend_, model_, view(ids_, rows.total()), rows, &*state_);
+    step_logits(backend_, model_, tables_, view(ids_, rows.total()), rows, &*state_);
   }
 
   Backend& backend_;
@@ -257,6 +258,7 @@ class Workload {
   int64_t length_, position_ = 0;
   std::vector<int32_t> ids_, targets_;
   Model trained_, grad_, model_;
+  S4dTables tables_;
   std::optional<Model> rounded_;
   std::optional<Optimizer> optimizer_;
   std::optional<Rows> rows_;

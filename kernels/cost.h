@@ -106,6 +106,10 @@ inline Cost cost_of(const S4dScanBackward& op) {
                              op.dC, op.dlog_dt, op.dD}) +
                    state_bytes(op.dstate, *op.rows)};
 }
+inline Cost cost_of(const S4dTable& op) {
+  return {.flops = 40. * static_cast<double>(op.A_imag.count()),
+          .bytes = bytes_of({op.log_A_real, op.A_imag, op.C, op.log_dt, op.table})};
+}
 inline Cost cost_of(const Glu& op) {
   return {.flops = 2. * static_cast<double>(op.y.count()), .bytes = bytes_of({op.x, op.y})};
 }

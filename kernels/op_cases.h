@@ -460,6 +460,13 @@ inline void OpCases::add_s4d() {
   add("s4d_scan", cost_of(scan).flops, inputs, outputs, [=](Backend& on) { on.run(scan); });
   add("s4d_scan for training", cost_of(keeping).flops, inputs, kept,
       [=](Backend& on) { on.run(keeping); });
+  const S4dTable table{.log_A_real = log_A_real,
+                       .A_imag = A_imag,
+                       .C = C,
+                       .log_dt = log_dt,
+                       .table = add(DType::f32, {d, 4, n})};
+  add("s4d_table", cost_of(table).flops, {log_A_real, A_imag, C, log_dt}, {table.table},
+      [=](Backend& on) { on.run(table); });
   backend_.run(keeping);  // backward reads what it kept
   const S4dScanBackward backward{.x = x,
                                  .log_A_real = log_A_real,

@@ -164,6 +164,12 @@ struct S4dScan {
   bool gelu = false;
   bool reverse = false;  // each piece is read from its end; then pieces are whole sequences
 };
+// What one step of the scan needs of the parameters, for those that keep it from step to step:
+//   h += z h + x,  y = sum_i Re(K[i] h[i]) + D x,   z = a - 1,  K = 2 C B'.
+struct S4dTable {
+  View log_A_real, A_imag, C, log_dt;
+  View table;  // (d,4,n) f32: real and imaginary part of z, then of K
+};
 struct S4dScanBackward {
   View x, log_A_real, A_imag, C, log_dt, D, dy;  // dy (t,d)
   View checkpoints;                              // required: from forward
@@ -247,6 +253,37 @@ struct MambaStep {
   View norm_f;      // (d)
   View y;           // (t,d); or none:
   View head, logits;  // (v,d) and (t,v) f32: logits = y head^T
+  const Rows* rows = nullptr;
+  float eps = 1e-5f;
+};
+
+// A whole U-Net of S4D blocks, or a stack of them, over a batch in which every piece is one step
+// long, from ids to logits: what model/backbone.cc, unet.cc, s4d.cc and mlp.cc do with the ops
+// above, in one op, for decoding. Of each stage, from x(d), the residual stream,
+//   x += up(x')[part of this step], x' what the stage inside put out for its last step;
+//   per block  x += glu(output_linear(gelu(scan(norm(x)))));  x += mlp_out(glu(mlp_in(mlp_norm(x))));
+// and norm_f after the last. A stage inside runs when a coarse step ends, on down(its p steps). A
+// backend may decline it: Backend::try_run; every piece goes on in its own slot (from = to) or
+// begins (from -1, position 0).
+struct UnetStep {
+  struct Block {
+    View norm, table, D;              // (d), (d,4,n) of S4dTable, (d)
+    View state;                       // (s,d,n,2)
+    View output_linear, output_bias;  // (2d,d) (2d)
+    View mlp_norm, mlp_in, mlp_out;   // optional, all or none: (d) (2f,d) (d,f)
+  };
+  struct Stage {
+    std::span<const Block> blocks;
+    View norm_f;  // (d)
+    // Of one inside a stage of d' columns, whose steps are p times as many; else none.
+    int64_t p = 1;
+    View down, down_bias;  // (d,p d') (d)
+    View up, up_bias;      // (p d',d) (p d')
+    View rest, next;       // (s,p-1,d') (s,p d'): states of Downsample and Upsample
+  };
+  std::span<const Stage> stages;  // the outermost first
+  View ids, table;                // (t) i32, in host or device memory, and (v',d): see Embed
+  View head, logits;              // (v,d) and (t,v) f32
   const Rows* rows = nullptr;
   float eps = 1e-5f;
 };
@@ -372,6 +409,7 @@ class Backend {
   virtual void run(const SelectiveScanBackward&) = 0;
   virtual void run(const S4dScan&) = 0;
   virtual void run(const S4dScanBackward&) = 0;
+  virtual void run(const S4dTable&) = 0;
   virtual void run(const Glu&) = 0;
   virtual void run(const GluBackward&) = 0;
   virtual void run(const Downsample&) = 0;
@@ -381,6 +419,7 @@ class Backend {
   // False, and nothing done, where the backend has no such op or not for these shapes: the caller
   // then takes the ops it stands for.
   virtual bool try_run(const MambaStep&) { return false; }
+  virtual bool try_run(const UnetStep&) { return false; }
   virtual void run(const Pool&) = 0;
   virtual void run(const PoolBackward&) = 0;
   virtual void run(const CrossEntropy&) = 0;

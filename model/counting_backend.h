@@ -37,6 +37,7 @@ class CountingBackend final : public Backend {
   void run(const SelectiveScanBackward& op) override;
   void run(const S4dScan& op) override { costs.push_back(cost_of(op)); }
   void run(const S4dScanBackward& op) override { costs.push_back(cost_of(op)); }
+  void run(const S4dTable& op) override { costs.push_back(cost_of(op)); }
   void run(const Glu& op) override { costs.push_back(cost_of(op)); }
   void run(const GluBackward& op) override { costs.push_back(cost_of(op)); }
   void run(const Downsample& op) override { costs.push_back(cost_of(op)); }

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "kernels/error.h"
+#include "model/unet_step.h"
 
 namespace coil {
 namespace {
@@ -124,18 +125,21 @@ Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
   return logits_of(backend, model.output().view().slice(0, model.config.predicted()), hidden);
 }
 
-Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
-                   Softmax read, Softmax drawn) {
+Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+                   const Rows& rows, State* state, Softmax read, Softmax drawn) {
   const View table = model.embedding.view().slice(read.begin, read.count),
              head = model.output().view().slice(drawn.begin, drawn.count);
   Tensor logits(backend, DType::f32, {rows.total(), head.rows()});
   const MambaStep ends{.ids = ids, .table = table, .head = head, .logits = logits};
   if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;
+  const UnetStep unet_ends{.ids = ids, .table = table, .head = head, .logits = logits};
+  if (try_step(backend, model, tables, unet_ends, rows, state)) return logits;
   return logits_of(backend, head, hidden(backend, model, table, ids, rows, state, nullptr));
 }
 
-Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state) {
-  return step_logits(backend, model, ids, rows, state, {0, model.config.vocab},
+Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+                   const Rows& rows, State* state) {
+  return step_logits(backend, model, tables, ids, rows, state, {0, model.config.vocab},
                      {0, model.config.predicted()});
 }
 

@@ -58,12 +58,15 @@ std::vector<Softmax> softmaxes(const Config& config);
 // `targets` less the begin of a softmax where they stand in it, else -1.
 std::vector<int32_t> targets_in(const Softmax& softmax, View targets);
 
-// lm_logits() of hidden(), where pieces of one step are one op if the backend has it. `read`: ids
-// count from its begin on; `drawn`: the logits are over its columns alone. So an id that is drawn
-// from one softmax is read by the next step as it is, wherever it lies.
-Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
-                   Softmax read, Softmax drawn);
-Tensor step_logits(Backend& backend, const Model& model, View ids, const Rows& rows, State* state);
+// lm_logits() of hidden(), where pieces of one step are one op if the backend has it; of networks of
+// S4D only with their tables (model/unet_step.h). `read`: ids count from its begin on; `drawn`: the
+// logits are over its columns alone. So an id that is drawn from one softmax is read by the next
+// step as it is, wherever it lies.
+struct S4dTables;
+Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+                   const Rows& rows, State* state, Softmax read, Softmax drawn);
+Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+                   const Rows& rows, State* state);
 
 // One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
 // per sequence (classify), in host memory, as class_weights. Adds the sum of losses, in nats, to

@@ -31,6 +31,7 @@ Generator::Generator(Backend& backend, const Model& model, const GenerateOptions
       front_end_(model.config),
       softmaxes_(softmaxes(model.config)),
       window_(front_end_.step() * std::max<int64_t>(1, model.config.audio.rate / 2)),
+      tables_(s4d_tables(backend, model)),
       state_(backend, model.config,
              static_cast<int32_t>(options.count * (options.guard == Guard::resample ? 2 : 1))),
       pending_(backend, DType::i32, {options.count}),
@@ -126,8 +127,8 @@ void Generator::draw(Block& block) {
   const auto place = [&](int64_t code) { return softmaxes_[code % front_end_.step()]; };
   for (int64_t i = 0; i < block.steps; ++i) {
     const int64_t code = block.begin + i;
-    const Tensor logits = step_logits(backend_, model_, row(block.ids, i), rows_at(code), &state_,
-                                      i == 0 ? block.read : place(code - 1), place(code));
+    const Tensor logits = step_logits(backend_, model_, tables_, row(block.ids, i), rows_at(code),
+                                      &state_, i == 0 ? block.read : place(code - 1), place(code));
     backend_.run(Sample{.logits = logits,
                         .ids = row(block.ids, i + 1),
                         .streams = streams,

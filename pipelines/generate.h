@@ -19,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "model/head.h"
+#include "model/unet_step.h"
 #include "pipelines/front_end.h"
 
 namespace coil {
@@ -99,6 +99,7 @@ class Generator {
   FrontEnd front_end_;
   std::vector<Softmax> softmaxes_;
   int64_t window_ = 0;  // codes of half a second
+  S4dTables tables_;
   // With `resample` a block forks its states, so that it can be drawn anew from where it began:
   // slots 0 … count-1 and count … 2 count-1 take turns.
   State state_;

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "kernels/error.h"
+#include "model/unet_step.h"
 #include "tests/model_testing.h"
 
 namespace coil {
@@ -172,13 +173,13 @@ TEST_P(MambaStepTest, FromIdsToLogits) {
       for (int repeat = 0; repeat < 2; ++repeat)
         expect_close(
             run(),
-            values_of(*cpu, step_logits(*cpu, pair.on_cpu, ids_view(ids), on_cpu, &pair.cpu_state)),
+            values_of(*cpu, step_logits(*cpu, pair.on_cpu, {}, ids_view(ids), on_cpu, &pair.cpu_state)),
             what);
       expect_close_states(pair, what);
       ids.back() = static_cast<int32_t>(vocab);
       const Rows fresh = Rows::equal(*gpu, count, 1);
       const std::vector<float> logits =
-          values_of(*gpu, step_logits(*gpu, pair.on_gpu, ids_view(ids), fresh, nullptr));
+          values_of(*gpu, step_logits(*gpu, pair.on_gpu, {}, ids_view(ids), fresh, nullptr));
       for (int64_t i = 0; i < count * vocab; ++i)
         ASSERT_EQ(std::isnan(logits[static_cast<size_t>(i)]), i / vocab == count - 1) << what;
     }
@@ -201,8 +202,8 @@ TEST_P(MambaStepTest, NetworksTakeTurns) {
       for (Piece& piece : pieces) piece.to = static_cast<int32_t>(piece.begin);
       const Rows on_gpu(*gpu, pieces), on_cpu(*cpu, pieces);
       expect_close(
-          values_of(*gpu, step_logits(*gpu, pair.on_gpu, ids_view(ids), on_gpu, &pair.gpu_state)),
-          values_of(*cpu, step_logits(*cpu, pair.on_cpu, ids_view(ids), on_cpu, &pair.cpu_state)),
+          values_of(*gpu, step_logits(*gpu, pair.on_gpu, {}, ids_view(ids), on_gpu, &pair.gpu_state)),
+          values_of(*cpu, step_logits(*cpu, pair.on_cpu, {}, ids_view(ids), on_cpu, &pair.cpu_state)),
           fmt::format("{} layers, vocabulary {}", config.layers.size(), config.vocab));
     }
 }

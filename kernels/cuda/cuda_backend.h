@@ -51,6 +51,7 @@ class CudaBackend final : public Backend {
   void run(const SelectiveScanBackward&) override;
   void run(const S4dScan&) override;
   void run(const S4dScanBackward&) override;
+  void run(const S4dTable&) override;
   void run(const Glu&) override;
   void run(const GluBackward&) override;
   void run(const Downsample&) override;
