@@ -226,6 +226,15 @@ void CudaBackend::fill(View x, double value) {
   cuda::check_launch("fill");
 }
 
+int CudaBackend::most_shared() {
+  if (most_shared_ >= 0) return most_shared_;
+  int major = 0, most = 0;
+  check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_), "cuda");
+  check_call(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_),
+             "cuda");
+  return most_shared_ = major < 9 ? 0 : most;
+}
+
 void CudaBackend::sync() { check_call(cudaStreamSynchronize(stream_), "cuda"); }
 
 // cudaMemcpyAsync from pageable memory may wait for all that the stream has to do; from staging it

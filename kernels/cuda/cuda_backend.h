@@ -59,6 +59,7 @@ class CudaBackend final : public Backend {
   void run(const Upsample&) override;
   void run(const UpsampleBackward&) override;
   bool try_run(const MambaStep&) override;
+  bool try_run(const UnetStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;
@@ -79,13 +80,17 @@ class CudaBackend final : public Backend {
   void* workspace_ = nullptr;  // of matrix products: kDeviceWorkspace bytes
   std::unique_ptr<Products, void (*)(Products*)> products_;  // from the first Gemm on
 
+  // Bytes of shared memory that a block of the steps in one launch may have; 0: the card lacks what
+  // they need; -1: not asked yet.
+  int most_shared_ = -1;
+  int most_shared();
+
   // Of mamba_step.cu, from launch to launch.
   struct StepBytes {
     std::vector<char> here;
     void* there = nullptr;  // the same in the card's memory
   };
   struct {
-    int most_shared = -1;      // bytes of a block; 0: the card lacks what the kernel needs
     bool ready[2] = {};        // the kernel of f32, of bf16
     StepBytes layers, copies;  // operands; what blocks copy
     char* handed = nullptr;    // what blocks hand to each other

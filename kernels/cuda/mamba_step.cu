@@ -163,13 +163,6 @@ bool CudaBackend::try_run(const MambaStep& op) {
         name, t, pieces.size());
   if (t == 0 || t > kMostSequences || !offered(shape) || !in_words(op)) return false;
 
-  if (step_.most_shared < 0) {
-    int major = 0, most = 0;
-    check_call(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index_), name);
-    check_call(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, index_),
-               name);
-    step_.most_shared = major < 9 ? 0 : most;
-  }
   bool done = false;
   const int layer_count = static_cast<int>(op.layers.size());
   const auto keep_there = [&](StepBytes& bytes, const void* data, size_t count) {
@@ -189,11 +182,11 @@ bool CudaBackend::try_run(const MambaStep& op) {
       per_launch = div_up(t, div_up(t, groups * kGroupRows));
       if (groups > div_up(per_launch, kFewRows)) continue;
       cut = cut_step<T>(shape, static_cast<int>(per_launch), groups, layer_count, processors_);
-      if (cut.bytes <= step_.most_shared) break;
+      if (cut.bytes <= most_shared()) break;
     }
-    if (cut.bytes > step_.most_shared) return;
+    if (cut.bytes > most_shared()) return;
     if (bool& ready = step_.ready[sizeof(T) == 2]; !ready) {
-      allow_shared(mamba_step_kernel<T>, step_.most_shared);
+      allow_shared(mamba_step_kernel<T>, most_shared());
       ready = true;
     }
 

@@ -240,21 +240,6 @@ void with_lanes(int64_t n, int64_t states, F&& f) {
   return f(std::integral_constant<int, 32>{});
 }
 
-// x Phi(x) and its slope, Phi by Abramowitz and Stegun's 7.1.26 for erfc, good to 1e-7: half the
-// instructions of erfcf. Beyond 12 nothing is left of the tail.
-__device__ inline float gelu_of(float x, float* slope = nullptr) {
-  const float size = fabsf(x) > 12.f ? 12.f : fabsf(x);  // NaN stays
-  const float t = fast_reciprocal(fmaf(size, 0.2316418989f, 1.f));
-  float p = fmaf(0.5307027145f, t, -0.7265760135f);
-  p = fmaf(p, t, 0.7107068705f);
-  p = fmaf(p, t, -0.142248368f);
-  p = fmaf(p, t, 0.127414796f);
-  const float density = fast_exp(-0.5f * size * size), tail = p * t * density;
-  const float below = x < 0 ? tail : 1.f - tail;
-  if (slope) *slope = fmaf(copysignf(size, x) * density, 0.39894228f, below);
-  return x * below;
-}
-
 // g, the gradient of y before GELU.
 template <class T>
 __device__ float gradient_of(T dy, T before, bool gelu) {
