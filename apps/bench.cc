@@ -17,7 +17,7 @@
 #include "model/counting_backend.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
-#include "model/unet_step.h"
+#include "model/step_tables.h"
 #include "pipelines/fit.h"
 #include "pipelines/run_log.h"
 #include "pipelines/train.h"
@@ -220,7 +220,7 @@ class Workload {
 
   void begin_inference(DType matrices) {
     model_ = weights(matrices);
-    tables_ = s4d_tables(backend_, model_);
+    tables_ = step_tables(backend_, model_);
     state_.emplace(backend_, config_, static_cast<int32_t>(options_.batch));
   }
   void prefill(int64_t chunk) {
@@ -258,7 +258,7 @@ class Workload {
   int64_t length_, position_ = 0;
   std::vector<int32_t> ids_, targets_;
   Model trained_, grad_, model_;
-  S4dTables tables_;
+  StepTables tables_;
   std::optional<Model> rounded_;
   std::optional<Optimizer> optimizer_;
   std::optional<Rows> rows_;

@@ -148,6 +148,7 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
       fail("--count {}: '{}' holds {}", options.count.value, options.load_state,
            counted(saved.count, "stream"));
     resolved.count = saved.count;
+    resolved.label = saved.label;
     if (values["temperature"].defaulted()) resolved.temperature = saved.temperature;
     if (values["top-p"].defaulted()) resolved.top_p = saved.top_p;
     if (values["top-k"].defaulted()) resolved.top_k = saved.top_k;

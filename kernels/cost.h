@@ -46,12 +46,13 @@ inline Cost cost_of(const SumRows& op) {
   return {.flops = static_cast<double>(op.x.count()), .bytes = bytes_of({op.x, op.out})};
 }
 inline Cost cost_of(const Embed& op) {  // rows of the table come from a cache where they repeat
-  return {.bytes = bytes_of({op.ids, op.y}) + std::min(bytes_of({op.table}), bytes_of({op.y}))};
+  return {.bytes = bytes_of({op.ids, op.y, op.labels}) +
+                   std::min(bytes_of({op.table}), bytes_of({op.y}))};
 }
 inline Cost cost_of(const EmbedBackward& op) {
   return {
-      .flops = static_cast<double>(op.dy.count()),
-      .bytes = bytes_of({op.ids, op.dy}) + 2 * std::min(bytes_of({op.dtable}), bytes_of({op.dy}))};
+      .flops = static_cast<double>(op.dy.count()) * (op.dlabels ? 2 : 1),
+      .bytes = bytes_of({op.ids, op.dy, op.dlabels}) + 2 * std::min(bytes_of({op.dtable}), bytes_of({op.dy}))};
 }
 inline Cost cost_of(const Norm& op) {
   return {.flops = 4. * static_cast<double>(op.x.count()),

@@ -49,11 +49,15 @@ struct SumRows {
 // y[i] = table[ids[i]]. ids (t) i32 within 0 … v-1; table (v,d) f32 or bf16; y (t,d) f32.
 // Another id is refused on a CPU. On CUDA, where to refuse it would mean to wait for the card, its
 // row is NaN, and backward leaves its gradient out.
+// With labels, y[i] = table[ids[i] mod v] + labels[ids[i] / v], for ids of 0 … l v - 1: every step of
+// a sequence knows what it is labelled.
 struct Embed {
   View ids, table, y;
+  View labels;  // optional (l,d), of table's type
 };
 struct EmbedBackward {  // dtable(v,d) f32 += scatter of dy(t,d)
   View ids, dy, dtable;
+  View dlabels;  // with labels: (l,d) f32 +=
 };
 
 // residual_out = x + residual;  y = residual_out * rstd * weight,  rstd = 1 /

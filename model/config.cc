@@ -154,11 +154,10 @@ void parse_audio(const Json& value, const std::string& where, Config& config) {
   check(config.alphabet.empty(), "{}: coil: alphabet and audio: expected one of them", where);
 }
 
-// The begin token and those of the labels stand behind the codes.
+// The begin token stands behind the codes.
 void check_audio_vocabulary(const Config& config, const std::string& where) {
   if (config.audio.rate == 0) return;
-  const int64_t needed =
-      config.predicted() + 1 + (config.condition ? static_cast<int64_t>(config.labels.size()) : 0);
+  const int64_t needed = config.predicted() + 1;
   check(config.vocab >= needed, "{}: vocab_size: expected at least {} for its codes, found {}",
         where, needed, config.vocab);
 }

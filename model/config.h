@@ -79,8 +79,8 @@ struct Config {
   std::vector<std::string> labels;  // classify, condition; kept in labels.txt, a line per class
   std::string alphabet;             // "dna", or "" (audio; a model from elsewhere)
   // Instead of an alphabet: recordings at a rate. Tokens: the codes of a sample (mulaw 0 … 255;
-  // pcm16 0 … 255 coarse, 256 … 511 fine), the begin token, and with `condition` one for each label
-  // that stands in its place. Rows of logits are over the codes alone.
+  // pcm16 0 … 255 coarse, 256 … 511 fine) and the begin token. Rows of logits are over the codes
+  // alone. With `condition` an embedding of the recording's label is added to each step's.
   struct Audio {
     int64_t rate = 0;  // Hz; 0: no audio
     SampleCodes codes = SampleCodes::mulaw;

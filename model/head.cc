@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "kernels/error.h"
-#include "model/unet_step.h"
+#include "model/step_tables.h"
 
 namespace coil {
 namespace {
@@ -35,6 +35,9 @@ std::vector<Param> declare(Model& model) {
   };
   add(model.embedding, "backbone.embeddings.weight", {config.vocab, config.d}, Init::embedding,
       true);
+  if (config.condition)
+    add(model.labels, "backbone.label_embeddings.weight",
+        {static_cast<int64_t>(config.labels.size()), config.d}, Init::embedding, true);
   std::vector<Param> stack = declare(config, model.backbone, "backbone.");
   params.insert(params.end(), stack.begin(), stack.end());
   if (config.objective == Objective::classify) {
@@ -100,12 +103,12 @@ void copy_values(Backend& backend, const Model& from, Model& to) {
 
 namespace {
 
-// hidden() of ids that are rows of `table`, and logits by the rows of `head`.
-Tensor hidden(Backend& backend, const Model& model, View table, View ids, const Rows& rows,
-              State* state, Saved* saved) {
+// hidden() of ids that are rows of `table`, with labels or none, and logits by the rows of `head`.
+Tensor hidden(Backend& backend, const Model& model, View table, View labels, View ids,
+              const Rows& rows, State* state, Saved* saved) {
   Tensor kept;
   Tensor x(backend, DType::f32, {rows.total(), model.config.d});
-  backend.run(Embed{.ids = brought(backend, ids, kept), .table = table, .y = x});
+  backend.run(Embed{.ids = brought(backend, ids, kept), .table = table, .y = x, .labels = labels});
   return model.backbone.forward(backend, model.config, std::move(x), rows, state, saved);
 }
 Tensor logits_of(Backend& backend, View head, View hidden) {
@@ -118,26 +121,28 @@ Tensor logits_of(Backend& backend, View head, View hidden) {
 
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved) {
-  return hidden(backend, model, model.embedding, ids, rows, state, saved);
+  return hidden(backend, model, model.embedding, model.labels, ids, rows, state, saved);
 }
 
 Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
   return logits_of(backend, model.output().view().slice(0, model.config.predicted()), hidden);
 }
 
-Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state, Softmax read, Softmax drawn) {
-  const View table = model.embedding.view().slice(read.begin, read.count),
+  COIL_ASSERT(!model.config.condition || tables.embedding);
+  const Tensor& embedding = tables.embedding ? tables.embedding : model.embedding;
+  const View table = embedding.view().slice(read.begin, read.count),
              head = model.output().view().slice(drawn.begin, drawn.count);
   Tensor logits(backend, DType::f32, {rows.total(), head.rows()});
   const MambaStep ends{.ids = ids, .table = table, .head = head, .logits = logits};
   if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;
   const UnetStep unet_ends{.ids = ids, .table = table, .head = head, .logits = logits};
   if (try_step(backend, model, tables, unet_ends, rows, state)) return logits;
-  return logits_of(backend, head, hidden(backend, model, table, ids, rows, state, nullptr));
+  return logits_of(backend, head, hidden(backend, model, table, {}, ids, rows, state, nullptr));
 }
 
-Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state) {
   return step_logits(backend, model, tables, ids, rows, state, {0, model.config.vocab},
                      {0, model.config.predicted()});
@@ -264,7 +269,8 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   dlogits = Tensor();
   Tensor dx =
       model.backbone.backward(backend, model.config, saved, rows, dh, nullptr, grad->backbone);
-  backend.run(EmbedBackward{.ids = ids, .dy = dx, .dtable = grad->embedding});
+  backend.run(EmbedBackward{
+      .ids = ids, .dy = dx, .dtable = grad->embedding, .dlabels = grad->labels});
   return weight;
 }
 

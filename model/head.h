@@ -9,6 +9,7 @@ namespace coil {
 struct Model {
   Config config;
   Tensor embedding;  // (v, d)
+  Tensor labels;     // (labels, d), with config.condition: added to every step's embedding
   Backbone backbone;
   Tensor lm_head;     // (v, d); empty where tied or a classifier
   Tensor score;       // (classes, d); classifier only
@@ -18,6 +19,7 @@ struct Model {
 };
 
 // Every tensor, allocated or not, under its Hugging Face name: backbone.embeddings.weight,
+// backbone.label_embeddings.weight (condition; ours),
 // backbone.layers.N.…, backbone.norm_f.weight, lm_head.weight (untied), score.weight, score.bias.
 std::vector<Param> declare(Model& model);
 
@@ -40,7 +42,8 @@ std::vector<std::string> load_matching(Backend& backend, Model& model, const std
 Model converted(Backend& backend, const Model& model, DType matrices);
 void copy_values(Backend& backend, const Model& from, Model& to);
 
-// ids (t) i32, in host or device memory → hidden (t,d) after the final norm, of activation type.
+// ids (t) i32, in host or device memory; with config.condition, vocab times the number of the
+// sequence's label is added to each (ops.h: Embed) → hidden (t,d) after the final norm, of activation type.
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved = nullptr);
 // (t, config.predicted()) f32
@@ -59,13 +62,14 @@ std::vector<Softmax> softmaxes(const Config& config);
 std::vector<int32_t> targets_in(const Softmax& softmax, View targets);
 
 // lm_logits() of hidden(), where pieces of one step are one op if the backend has it; of networks of
-// S4D only with their tables (model/unet_step.h). `read`: ids count from its begin on; `drawn`: the
+// S4D only with their tables (model/step_tables.h). `read`: ids count from its begin on; `drawn`: the
 // logits are over its columns alone. So an id that is drawn from one softmax is read by the next
-// step as it is, wherever it lies.
-struct S4dTables;
-Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+// step as it is, wherever it lies. Of a conditional model the label is that of the tables, and ids
+// are without.
+struct StepTables;
+Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state, Softmax read, Softmax drawn);
-Tensor step_logits(Backend& backend, const Model& model, const S4dTables& tables, View ids,
+Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state);
 
 // One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or

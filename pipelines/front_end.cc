@@ -14,27 +14,26 @@ FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
   prefix_ = 1;
   begin_ = static_cast<int32_t>(config.predicted());
   if (config.condition) labels_ = static_cast<int32_t>(config.labels.size());
+  vocab_ = static_cast<int32_t>(config.vocab);
   counted_from_ = 0;
   counted_to_ = begin_;
   softmaxes_ = coil::softmaxes(config);
 }
 
-int32_t FrontEnd::begin(int32_t label) const {
-  if (labels_ == 0) return begin_;
-  if (label < 0 || label >= labels_)
+void FrontEnd::check_label(int32_t label) const {
+  if (labels_ > 0 && (label < 0 || label >= labels_))
     throw Error("the model is conditional: every recording needs one of its labels",
                 "--label NAME for all of them, --labels TABLE or --label-pattern REGEX");
-  return begin_ + 1 + label;
 }
 
 void FrontEnd::append(std::span<const uint8_t> codes, int64_t context, int32_t label,
-                      std::vector<int32_t>& tokens, std::vector<int32_t>& targets) const {
-  for (int64_t i = 0; i < prefix_; ++i) tokens.push_back(begin(label));
+                      std::vector<int32_t>& ids, std::vector<int32_t>& targets) const {
+  for (int64_t i = 0; i < prefix_; ++i) ids.push_back(id(begin_, label));
   const int64_t uncounted = std::max<int64_t>(context, prefix_ > 0 ? 0 : 1);
   for (int64_t i = 0; i < static_cast<int64_t>(codes.size()); ++i) {
-    tokens.push_back(token(codes[i], i));
-    if (i + prefix_ > 0)
-      targets.push_back(i >= uncounted && counted(tokens.back()) ? tokens.back() : -1);
+    const int32_t next = token(codes[i], i);
+    ids.push_back(id(next, label));
+    if (i + prefix_ > 0) targets.push_back(i >= uncounted && counted(next) ? next : -1);
   }
   targets.push_back(-1);  // nothing comes after the last code
 }
@@ -62,8 +61,7 @@ std::vector<float> FrontEnd::losses(Backend& backend, const Model& model, View h
 
 int64_t audio_vocabulary(const Config& config) {
   constexpr int64_t kAligned = 16;
-  const int64_t needed =
-      config.predicted() + 1 + (config.condition ? static_cast<int64_t>(config.labels.size()) : 0);
+  const int64_t needed = config.predicted() + 1;  // and the begin token
   return (needed + kAligned - 1) / kAligned * kAligned;
 }
 

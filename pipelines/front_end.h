@@ -2,9 +2,9 @@
 // pipelines know DNA from audio.
 //   DNA    a token is a code. The first base is not counted, nor what is not A, C, G or T; p is a
 //          softmax over these four.
-//   audio  the begin token, or with config.condition that of the recording's label, stands before
-//          the first code, and every code counts. 16 bits: coarse and fine codes take turns; each
-//          has a softmax of its own, fine given coarse.
+//   audio  the begin token stands before the first code, and every code counts. 16 bits: coarse and
+//          fine codes take turns; each has a softmax of its own, fine given coarse. With
+//          config.condition every step also has the recording's label.
 #pragma once
 
 #include <cstdint>
@@ -25,17 +25,24 @@ class FrontEnd {
   const char* unit() const { return audio() ? "sample" : "base"; }
   int64_t step() const { return step_; }      // codes of a base or a sample
   int64_t prefix() const { return prefix_; }  // tokens before the first code
-  int32_t begin(int32_t label) const;         // the token before it; throws where a label is needed
+  int32_t begin() const { return begin_; }
   int32_t token(uint8_t code, int64_t position) const {
     return code + static_cast<int32_t>(position % step_) * 256;
   }
+  // What the network reads for a token (Embed); throws where a label is needed and missing.
+  int32_t id(int32_t token, int32_t label) const {
+    if (labels_ == 0) return token;
+    check_label(label);
+    return token + vocab_ * label;
+  }
+  void check_label(int32_t label) const;
   bool counted(int32_t token) const { return token >= counted_from_ && token < counted_to_; }
 
-  // Appends the tokens of a sequence and what each of them predicts, -1: not counted. The first
+  // Appends the ids of a sequence and what each of them predicts, -1: not counted. The first
   // `context` codes are known beforehand and not counted: the sample before a window that does not
   // begin where its recording does.
   void append(std::span<const uint8_t> codes, int64_t context, int32_t label,
-              std::vector<int32_t>& tokens, std::vector<int32_t>& targets) const;
+              std::vector<int32_t>& ids, std::vector<int32_t>& targets) const;
   // Codes before an item that a language model reads with it.
   int64_t context(const Example& item) const {
     return audio() && lm_ && item.begin > 0 ? step_ : 0;
@@ -47,7 +54,7 @@ class FrontEnd {
 
  private:
   int64_t step_ = 1, prefix_ = 0;
-  int32_t begin_ = 0, labels_ = 0;  // the begin token; of a conditional model, those behind it
+  int32_t begin_ = 0, labels_ = 0, vocab_ = 0;  // the begin token; labels of a conditional model
   int32_t counted_from_, counted_to_;
   bool lm_ = true;
   std::vector<Softmax> softmaxes_;

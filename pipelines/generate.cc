@@ -15,6 +15,10 @@ constexpr int64_t kBlock = 512;  // samples that are asked for, and written, at 
 // The place of a try in the number of a stream: each has random numbers of its own.
 constexpr int kTryBits = 24;
 
+int32_t checked_label(const FrontEnd& front, int32_t label) {
+  front.check_label(label);
+  return label;
+}
 Softmax whole_vocabulary(const Model& model) { return {0, model.config.vocab}; }
 
 }  // namespace
@@ -31,7 +35,7 @@ Generator::Generator(Backend& backend, const Model& model, const GenerateOptions
       front_end_(model.config),
       softmaxes_(softmaxes(model.config)),
       window_(front_end_.step() * std::max<int64_t>(1, model.config.audio.rate / 2)),
-      tables_(s4d_tables(backend, model)),
+      tables_(step_tables(backend, model, checked_label(front_end_, options.label))),
       state_(backend, model.config,
              static_cast<int32_t>(options.count * (options.guard == Guard::resample ? 2 : 1))),
       pending_(backend, DType::i32, {options.count}),
@@ -52,13 +56,15 @@ void Generator::set_pending(const std::vector<int32_t>& tokens) {
 
 void Generator::read_prompt(Source& prompt, int64_t chunk) {
   COIL_ASSERT(position_ == 0 && chunk >= 1);
-  std::vector<int32_t> tokens{front_end_.begin(options_.label)};
+  std::vector<int32_t> tokens{front_end_.begin()}, ids;
   int64_t read = 0;
   const auto advance = [&](int64_t count) {
     const Rows rows(
         backend_,
         {{.length = count, .position = read, .from = read > 0 ? 0 : -1, .to = 0, .last = false}});
-    hidden(backend_, model_, host_view(tokens.data(), DType::i32, {count}), rows, &state_);
+    ids.clear();
+    for (int64_t i = 0; i < count; ++i) ids.push_back(front_end_.id(tokens[i], options_.label));
+    hidden(backend_, model_, host_view(ids.data(), DType::i32, {count}), rows, &state_);
     tokens.erase(tokens.begin(), tokens.begin() + count);
     read += count;
   };
@@ -218,7 +224,7 @@ void Generator::finish(Block& block, const GenerateHooks& hooks) {
 
 Generated Generator::run(const GenerateHooks& hooks) {
   if (!pending_in_.count)
-    set_pending(std::vector<int32_t>(options_.count, front_end_.begin(options_.label)));
+    set_pending(std::vector<int32_t>(options_.count, front_end_.begin()));
   end_ = options_.samples > 0 ? position_ + options_.samples * front_end_.step() : -1;
   const auto ended = [&] {
     return made_.unwanted || position_ == end_ || std::ranges::all_of(stopped_, std::identity()) ||

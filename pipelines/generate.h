@@ -1,5 +1,5 @@
 // Audio drawn from a language model, code by code:
-//   code t ~ p(. | begin token or label, codes before it),  a softmax over the codes that can stand
+//   code t ~ p(. | label if the model has one, codes before it),  a softmax over the codes that can stand
 //   at t (mu-law; coarse and fine bytes of 16 bits in turns), by temperature, top_k and top_p.
 //
 // Ids stay on the device: what Sample writes the next step reads, and the host asks for blocks of
@@ -19,7 +19,7 @@
 #include <string>
 #include <vector>
 
-#include "model/unet_step.h"
+#include "model/step_tables.h"
 #include "pipelines/front_end.h"
 
 namespace coil {
@@ -99,7 +99,7 @@ class Generator {
   FrontEnd front_end_;
   std::vector<Softmax> softmaxes_;
   int64_t window_ = 0;  // codes of half a second
-  S4dTables tables_;
+  StepTables tables_;
   // With `resample` a block forks its states, so that it can be drawn anew from where it began:
   // slots 0 … count-1 and count … 2 count-1 take turns.
   State state_;

@@ -10,7 +10,7 @@
 namespace coil {
 namespace {
 
-constexpr const char* kFormat = "coil generate 1";
+constexpr const char* kFormat = "coil generate 2";
 constexpr const char* kPending = "pending";  // (count) i32: tokens that the model has not read yet
 
 template <class T>
@@ -81,6 +81,7 @@ void Generator::save_state(const std::string& path) const {
                      {"model", fingerprint()},
                      {"matrices", name_of(model_.embedding.view().dtype)},
                      {"position", fmt::format("{}", position_)},
+                     {"label", fmt::format("{}", options_.label + 1)},  // 0: none
                      {"seed", fmt::format("{}", options_.seed)},
                      {"temperature", fmt::format("{}", options_.temperature)},
                      {"top_k", fmt::format("{}", options_.top_k)},
@@ -93,6 +94,7 @@ GenerateOptions Generator::saved_options(const std::string& path) {
   const std::vector<int64_t>& shape = file.info(kPending).shape;
   check(shape.size() == 1 && shape[0] >= 1, "'{}': tensor {} is no list of tokens", path, kPending);
   return {.count = shape[0],
+          .label = number<int32_t>(file, path, "label") - 1,
           .temperature = number<float>(file, path, "temperature"),
           .top_p = number<float>(file, path, "top_p"),
           .top_k = number<int64_t>(file, path, "top_k"),

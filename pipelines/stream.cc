@@ -218,7 +218,7 @@ int64_t Stream::prepare(Sequence& sequence, int64_t want) {
 
 int32_t Stream::token(const Sequence& sequence, int64_t position) const {
   const int64_t prefix = front_.prefix();
-  if (position < prefix) return front_.begin(sequence.unit->label);
+  if (position < prefix) return front_.begin();
   return front_.token(sequence.codes[position - sequence.base], position - prefix);
 }
 
@@ -255,8 +255,9 @@ bool Stream::fill(Batch& batch, size_t& i) {
     carried_ -= !first && last;
     const int64_t end = sequence.position + count;
     for (int64_t at = sequence.position; at < end; ++at) {
-      batch.ids.push_back(token(sequence, at));
-      if (at > sequence.position) batch.next.push_back(batch.ids.back());
+      const int32_t now = token(sequence, at);
+      batch.ids.push_back(front_.id(now, sequence.unit->label));
+      if (at > sequence.position) batch.next.push_back(now);
     }
     batch.next.push_back(last ? -1 : token(sequence, end));
     batch.pieces.push_back(piece);

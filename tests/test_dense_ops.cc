@@ -68,6 +68,30 @@ TEST_P(DenseOps, EmbedBackward) {
   }
 }
 
+// Every step is the sum of two rows, and gives its gradient to both.
+TEST_P(DenseOps, EmbedWithLabels) {
+  for (const auto& [t, v, l, d] : {std::tuple{7, 5, 3, 19}, {700, 16, 10, 64}, {300, 3000, 4, 33}}) {
+    Field table(v, d, random), labels(l, d, random), y(t, d), dy(t, d, random);
+    Field dtable(v, d), dlabels(l, d), alone(v, d), labels_alone(l, d);
+    auto ids = random_ids(t, v * l, random);
+    std::vector<int32_t> row(ids), label(ids);
+    for (int32_t& id : row) id %= v;
+    for (int32_t& id : label) id /= v;
+    backend->run(Embed{.ids = ids_view(ids), .table = table, .y = y, .labels = labels});
+    for (const Field* field : {&dtable, &dlabels, &alone, &labels_alone}) backend->fill(*field, 0);
+    backend->run(
+        EmbedBackward{.ids = ids_view(ids), .dy = dy, .dtable = dtable, .dlabels = dlabels});
+    backend->run(EmbedBackward{.ids = ids_view(row), .dy = dy, .dtable = alone});
+    backend->run(EmbedBackward{.ids = ids_view(label), .dy = dy, .dtable = labels_alone});
+    for (int i = 0; i < t; ++i)
+      for (int j = 0; j < d; ++j)
+        ASSERT_EQ(y.at(i, j), table.at(row[i], j) + labels.at(label[i], j));
+    EXPECT_EQ(dtable.bits(), alone.bits());
+    EXPECT_EQ(dlabels.bits(), labels_alone.bits());
+    y.expect_intact("y");
+  }
+}
+
 TEST_P(DenseOps, EmbedRefusesIds) {
   Field table(16, 8, random), y(3, 8);
   std::vector<int32_t> ids = {3, 16, 0};

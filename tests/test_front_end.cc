@@ -59,7 +59,8 @@ TEST(FrontEnd, Tokens) {
   EXPECT_EQ(exact.ids, (Ids{512, 7, 256, 255, 256 + 9}));
   EXPECT_EQ(exact.targets, (Ids{7, 256, 255, 256 + 9, -1}));
   const Config conditional = audio_config(SampleCodes::mulaw, Objective::lm, true);
-  EXPECT_EQ(tokens_of(conditional, {7}, 0, 1).ids, (Ids{258, 7}));
+  EXPECT_EQ(tokens_of(conditional, {7}, 0, 1).ids, (Ids{272 + 256, 272 + 7}));
+  EXPECT_EQ(tokens_of(conditional, {7}, 0, 1).targets, (Ids{7, -1}));
   EXPECT_THROW(tokens_of(conditional, {7}, 0, -1), Error);
   EXPECT_EQ(conditional.vocab, 272);
 }
@@ -180,11 +181,13 @@ TEST(AudioBatches, WindowsHoldWholeSamples) {
       begins.insert(ids[0]);
       ASSERT_EQ(piece.length % 2, 1);
       for (int64_t i = 1; i < piece.length; ++i) {
-        ASSERT_EQ(ids[i] / 256, (i - 1) % 2) << "coarse, fine, coarse, …";
+        const int64_t token = ids[i] % config.vocab;
+        ASSERT_EQ(ids[i] / config.vocab, ids[0] / config.vocab) << "the label";
+        ASSERT_EQ(token / 256, (i - 1) % 2) << "coarse, fine, coarse, …";
         if (targets[i - 1] < 0)
           EXPECT_LE(i, 2);  // of the context
         else
-          ASSERT_EQ(targets[i - 1], ids[i]);
+          ASSERT_EQ(targets[i - 1], token);
         counted += targets[i - 1] >= 0;
       }
       EXPECT_EQ(targets[piece.length - 1], -1);
@@ -193,7 +196,7 @@ TEST(AudioBatches, WindowsHoldWholeSamples) {
     EXPECT_LE(batch.codes, 1000);
     EXPECT_GT(batch.codes, 1000 - 40);
   }
-  EXPECT_EQ(begins, (std::set<int32_t>{513, 514}));
+  EXPECT_EQ(begins, (std::set<int32_t>{512, 528 + 512}));
 
   Batches whole(all, all.items,
                 {.batch_tokens = 5000,

@@ -251,7 +251,7 @@ TEST(Generate, DrawsByTheProbabilities) {
   EXPECT_NEAR(drawn.made.nats / 20'000, entropy, 0.02);
 }
 
-TEST(Generate, LabelsStandBeforeTheFirstCode) {
+TEST(Generate, LabelsAreHeardAtEveryStep) {
   COIL_NEEDS_TEST_DEVICE();
   const auto backend = make_own_backend();
   Config config = audio_config(SampleCodes::mulaw);

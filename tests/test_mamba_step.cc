@@ -7,7 +7,7 @@
 #include <algorithm>
 
 #include "kernels/error.h"
-#include "model/unet_step.h"
+#include "model/step_tables.h"
 #include "tests/model_testing.h"
 
 namespace coil {

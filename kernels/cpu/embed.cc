@@ -71,24 +71,30 @@ void CpuBackend::run(const Embed& op) {
   expect_rank("embed", "table", op.table, 2);
   expect_rank("embed", "ids", op.ids, 1);
   const int64_t t = op.ids.rows(), v = op.table.rows(), d = op.table.cols();
-  const bool half = op.table.dtype == DType::bf16;
+  const DType type = op.table.dtype == DType::bf16 ? DType::bf16 : DType::f32;
   expect("embed", "ids", op.ids, DType::i32, {t});
-  expect("embed", "table", op.table, half ? DType::bf16 : DType::f32, {v, d});
+  expect("embed", "table", op.table, type, {v, d});
   expect("embed", "y", op.y, DType::f32, {t, d});
-  check_ids("embed", op.ids, v);
+  if (op.labels) expect("embed", "labels", op.labels, type, {op.labels.rows(), d});
+  check_ids("embed", op.ids, v * (op.labels ? op.labels.rows() : 1));
   const int32_t* ids = op.ids.as<int32_t>();
+  const auto value = [&](const View& table, int64_t row, int64_t j) {
+    if (type == DType::f32) return table.row<float>(row)[j];
+    float result = 0;
+    const uint32_t bits = static_cast<uint32_t>(table.row<uint16_t>(row)[j]) << 16;
+    std::memcpy(&result, &bits, sizeof bits);
+    return result;
+  };
 #pragma omp parallel for num_threads(threads_) schedule(static) if (t * d >= kParallel)
   for (int64_t i = 0; i < t; ++i) {
     float* y = op.y.row<float>(i);
-    if (half) {
-      const uint16_t* row = op.table.row<uint16_t>(ids[i]);
-      for (int64_t j = 0; j < d; ++j) {
-        const uint32_t bits = static_cast<uint32_t>(row[j]) << 16;
-        std::memcpy(y + j, &bits, sizeof bits);
-      }
-    } else {
-      std::memcpy(y, op.table.row<float>(ids[i]), d * sizeof(float));
-    }
+    const int64_t row = op.labels ? ids[i] % v : ids[i];
+    if (type == DType::f32)
+      std::memcpy(y, op.table.row<float>(row), d * sizeof(float));
+    else
+      for (int64_t j = 0; j < d; ++j) y[j] = value(op.table, row, j);
+    if (op.labels)
+      for (int64_t j = 0; j < d; ++j) y[j] += value(op.labels, ids[i] / v, j);
   }
 }
 
@@ -99,6 +105,20 @@ void CpuBackend::run(const EmbedBackward& op) {
   expect("embed backward", "ids", op.ids, DType::i32, {t});
   expect("embed backward", "dy", op.dy, DType::f32, {t, d});
   expect("embed backward", "dtable", op.dtable, DType::f32, {v, d});
+  if (op.dlabels) {
+    check_ids("embed backward", op.ids, v * op.dlabels.rows());
+    std::vector<int32_t> rows(t), labels(t);
+    for (int64_t i = 0; i < t; ++i) {
+      const auto id = op.ids.as<int32_t>()[i], count = static_cast<int32_t>(v);
+      rows[i] = id % count;
+      labels[i] = id / count;
+    }
+    run(EmbedBackward{
+        .ids = host_view(rows.data(), DType::i32, {t}), .dy = op.dy, .dtable = op.dtable});
+    run(EmbedBackward{
+        .ids = host_view(labels.data(), DType::i32, {t}), .dy = op.dy, .dtable = op.dlabels});
+    return;
+  }
   check_ids("embed backward", op.ids, v);
   if (t * d == 0) return;
   const auto add = &HWY_DYNAMIC_DISPATCH(add_table);

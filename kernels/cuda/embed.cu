@@ -1,4 +1,5 @@
-// Embedding: y[i] = table[ids[i]]; backward: dtable[ids[i]] += dy[i].
+// Embedding: y[i] = table[ids[i]]; backward: dtable[ids[i]] += dy[i]. With labels (ops.h) backward
+// is that of two tables.
 //
 // An id outside 0 … v-1 gives a row of NaN, and backward leaves its gradient out: the ids are in
 // the card's memory, and to refuse one would mean to wait for it. (The CPU refuses it.)
@@ -38,37 +39,59 @@ constexpr int64_t kColumns = 128, kFewest = 32;  // columns of a small table
 constexpr int kAhead = 8;                        // rows asked for while as many are added
 
 template <int kWidth, class T>
-__device__ void copy_word(const T* from, float* to) {
+__device__ void add_word(const T* from, float (&sum)[kWidth]) {
   if constexpr (kWidth == 1) {
-    *to = to_float(*from);
+    sum[0] += to_float(*from);
   } else if constexpr (std::is_same_v<T, float>) {
-    *reinterpret_cast<float4*>(to) = __ldg(reinterpret_cast<const float4*>(from));
+    const float4 word = __ldg(reinterpret_cast<const float4*>(from));
+    sum[0] += word.x, sum[1] += word.y, sum[2] += word.z, sum[3] += word.w;
   } else {
     const uint2 word = __ldg(reinterpret_cast<const uint2*>(from));
     const T* const half = reinterpret_cast<const T*>(&word);
-    *reinterpret_cast<float4*>(to) =
-        make_float4(to_float(half[0]), to_float(half[1]), to_float(half[2]), to_float(half[3]));
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) sum[k] += to_float(half[k]);
   }
 }
 
-// `lanes` threads a row.
+// `lanes` threads a row. labels: null without any, else (l,d).
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     embed_kernel(const int32_t* ids, const T* table, int64_t table_stride, float* y,
-                 int64_t y_stride, int64_t t, int64_t v, int64_t d, int lanes) {
+                 int64_t y_stride, int64_t t, int64_t v, int64_t d, int lanes, const T* labels,
+                 int64_t labels_stride, int64_t l) {
   const int64_t row = blockIdx.x * static_cast<int64_t>(kThreads / lanes) + threadIdx.x / lanes;
   if (row >= t) return;
   const int64_t id = ids[row];
   float* const to = y + row * y_stride;
   const int64_t first = static_cast<int64_t>(threadIdx.x % lanes) * kWidth, step = lanes * kWidth;
-  if (id < 0 || id >= v) {
+  if (id < 0 || id >= v * l) {
     for (int64_t i = first; i < d; i += step)
       for (int k = 0; k < kWidth; ++k) to[i + k] = NAN;
     return;
   }
-  const T* const from = table + id * table_stride;
+  const T* const from = table + (labels ? id % v : id) * table_stride;
+  const T* const label = labels ? labels + id / v * labels_stride : nullptr;
 #pragma unroll 2
-  for (int64_t i = first; i < d; i += step) copy_word<kWidth>(from + i, to + i);
+  for (int64_t i = first; i < d; i += step) {
+    float sum[kWidth] = {};
+    add_word<kWidth>(from + i, sum);
+    if (label) add_word<kWidth>(label + i, sum);
+    if constexpr (kWidth == 1)
+      to[i] = sum[0];
+    else
+      *reinterpret_cast<float4*>(to + i) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  }
+}
+
+// ids of rows with labels → (2,t): the row of the table, that of the labels; -1 where there is none.
+__global__ void __launch_bounds__(kThreads)
+    split_kernel(const int32_t* ids, int64_t t, int64_t v, int64_t l, int32_t* split) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
+  if (i >= t) return;
+  const int64_t id = ids[i];
+  const bool there = id >= 0 && id < v * l;
+  split[i] = there ? static_cast<int32_t>(id % v) : -1;
+  split[t + i] = there ? static_cast<int32_t>(id / v) : -1;
 }
 
 // partial (shares, v, d): the sums of the rows of each share. A thread is a column.
@@ -240,11 +263,14 @@ void CudaBackend::run(const Embed& op) {
   expect("embed", "ids", op.ids, DType::i32, {t});
   expect("embed", "table", op.table, half ? DType::bf16 : DType::f32, {v, d});
   expect("embed", "y", op.y, DType::f32, {t, d});
+  if (op.labels) expect("embed", "labels", op.labels, op.table.dtype, {op.labels.rows(), d});
+  expect_here("embed", "labels", op.labels, device());
   expect_here("embed", "ids", op.ids, device());
   expect_here("embed", "table", op.table, device());
   expect_here("embed", "y", op.y, device());
   if (t * d == 0) return;
-  const bool wide = d % kWide == 0 && aligned(op.table) && aligned(op.y);
+  const bool wide = d % kWide == 0 && aligned(op.table) && aligned(op.y) &&
+                    (!op.labels || aligned(op.labels));
   int lanes = 1;
   while (lanes < 32 && lanes * (wide ? kWide : 1) < d) lanes *= 2;
   const auto blocks = static_cast<unsigned>(div_up(t, kThreads / lanes));
@@ -253,7 +279,8 @@ void CudaBackend::run(const Embed& op) {
     const auto run = [&](auto width) {
       embed_kernel<T, width()><<<blocks, kThreads, 0, stream_>>>(
           op.ids.as<int32_t>(), op.table.as<T>(), op.table.stride[0], op.y.as<float>(),
-          op.y.stride[0], t, v, d, lanes);
+          op.y.stride[0], t, v, d, lanes, op.labels.as<T>(), op.labels.stride[0],
+          op.labels ? op.labels.rows() : 1);
     };
     if (wide)
       run(std::integral_constant<int, kWide>{});
@@ -275,6 +302,16 @@ void CudaBackend::run(const EmbedBackward& op) {
   expect_here(name, "dy", op.dy, device());
   expect_here(name, "dtable", op.dtable, device());
   if (t * d == 0 || v == 0) return;
+  if (op.dlabels) {
+    const Tensor split(*this, DType::i32, {2, t});
+    split_kernel<<<static_cast<unsigned>(div_up(t, kThreads)), kThreads, 0, stream_>>>(
+        op.ids.as<int32_t>(), t, v, op.dlabels.rows(), split.as<int32_t>());
+    cuda::check_launch(name);
+    const auto part = [&](int64_t i) { return split.view().slice(i, 1).reshape({t}); };
+    run(EmbedBackward{.ids = part(0), .dy = op.dy, .dtable = op.dtable});
+    run(EmbedBackward{.ids = part(1), .dy = op.dy, .dtable = op.dlabels});
+    return;
+  }
   const int32_t* const ids = op.ids.as<int32_t>();
 
   if (v * kFewest <= kSharedFloats) {

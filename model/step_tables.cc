@@ -1,6 +1,7 @@
-#include "model/unet_step.h"
+#include "model/step_tables.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/error.h"
 #include "model/unet.h"
@@ -23,8 +24,21 @@ void each_stage(const Backbone& backbone, const State* state, F f) {
 
 }  // namespace
 
-S4dTables s4d_tables(Backend& backend, const Model& model) {
-  S4dTables tables;
+StepTables step_tables(Backend& backend, const Model& model, int32_t label) {
+  StepTables tables;
+  if (model.config.condition) {
+    const int64_t v = model.config.vocab;
+    std::vector<int32_t> ids(v);
+    std::iota(ids.begin(), ids.end(), static_cast<int32_t>(v) * label);
+    Tensor kept;
+    const Tensor sum(backend, DType::f32, {v, model.config.d});
+    backend.run(Embed{.ids = brought(backend, host_view(ids.data(), DType::i32, {v}), kept),
+                      .table = model.embedding,
+                      .y = sum,
+                      .labels = model.labels});
+    tables.embedding = Tensor(backend, model.embedding.view().dtype, {v, model.config.d});
+    backend.copy(sum, tables.embedding);
+  }
   bool all = true;
   each_stage(model.backbone, nullptr, [&](const Backbone& stage, auto...) {
     for (const Layer& layer : stage.layers) {
@@ -44,7 +58,7 @@ S4dTables s4d_tables(Backend& backend, const Model& model) {
   return tables;
 }
 
-bool try_step(Backend& backend, const Model& model, const S4dTables& tables, UnetStep ends,
+bool try_step(Backend& backend, const Model& model, const StepTables& tables, UnetStep ends,
               const Rows& rows, const State* state) {
   const auto goes_on = [](const Piece& piece) {
     return piece.length == 1 && piece.to >= 0 &&
