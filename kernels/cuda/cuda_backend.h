@@ -84,6 +84,7 @@ class CudaBackend final : public Backend {
   // they need; -1: not asked yet.
   int most_shared_ = -1;
   int most_shared();
+  bool unet_ready_[2] = {};  // unet_step.cu: the kernel of f32, of bf16
 
   // Of mamba_step.cu, from launch to launch.
   struct StepBytes {

@@ -727,7 +727,10 @@ bool CudaBackend::try_run(const UnetStep& op) {
     Tensor kept;
     unet.ids = brought(*this, op.ids, kept).as<int32_t>();
     unet.pieces = op.rows->device_pieces();
-    allow_shared(unet_step_kernel<T>, unet.room.bytes);
+    if (bool& ready = unet_ready_[sizeof(T) == 2]; !ready) {
+      allow_shared(unet_step_kernel<T>, most_shared());
+      ready = true;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(t * team));
     config.blockDim = dim3(kTeamThreads);
