@@ -19,6 +19,7 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
+#include <bit>
 
 #include "kernels/cuda/fast_math.cuh"
 #include "kernels/cuda/mamba_step.cuh"
@@ -50,6 +51,8 @@ struct UnetStage {
   const float *down_bias, *up_bias;
   float *rest, *next;
   int first, layers, d, n, f, p;
+  int lane_bits,
+      at_once;  // lanes of a channel, a power of two; channels that a block scans at once
 };
 // Offsets in bytes of shared memory. Vectors of a layer: norm (d), D (d), bias (2d), mlp_norm (d).
 struct UnetRoom {
@@ -98,17 +101,6 @@ __device__ inline uint4 load_weights(const void* from) {
   return word;
 }
 
-struct Place {
-  int tile, step;
-};
-// Of load i of a warp.
-template <class T>
-__device__ Place place(const Walk<T>& walk, int i) {
-  Place at{static_cast<int>(threadIdx.x) / 32, i};
-  while (at.step >= walk.steps) at.step -= walk.steps, at.tile += kTeamWarps;
-  return at;
-}
-
 // What a warp has asked for of a product.
 template <class T>
 struct Ahead {
@@ -121,10 +113,10 @@ struct Ahead {
     low[slot] = load_weights(at);
     high[slot] = load_weights(at + walk.second);
   }
-  // The first of a product that a slot holds.
+  // The begin of a product.
   __device__ void begin(int slot, const Walk<T>& walk) {
-    const auto [tile, step] = place(walk, slot);
-    if (tile < walk.tiles) fetch(slot, walk, tile, step);
+    const int tile = threadIdx.x / 32;
+    if (tile < walk.tiles && slot < walk.steps) fetch(slot, walk, tile, slot);
   }
   __device__ void begin(const Walk<T>& walk) {
 #pragma unroll
@@ -176,27 +168,25 @@ template <class T, class F>
 __device__ void multiply(Ahead<T>& ahead, const Walk<T>& walk, const Walk<T>& next, const T* vector,
                          bool halves, F&& done) {
   const int second = halves ? walk.k / 2 : 0;
-  auto [tile, step] = place(walk, 0);
-  auto [coming, coming_step] = place(walk, kAhead);
-  Sums<T> sums;
 #pragma unroll 1
-  while (tile < walk.tiles) {
+  for (int tile = threadIdx.x / 32; tile < walk.tiles; tile += kTeamWarps) {
+    Sums<T> sums;
+#pragma unroll 1
+    for (int from = 0; from < walk.steps; from += kAhead) {
 #pragma unroll
-    for (int slot = 0; slot < kAhead; ++slot) {
-      if (tile >= walk.tiles) break;
-      sums.add(ahead.low[slot], ahead.high[slot], vector + step * Walk<T>::kStep, second);
-      if (coming < walk.tiles) {
-        ahead.fetch(slot, walk, coming, coming_step);
-        if (++coming_step == walk.steps) coming_step = 0, coming += kTeamWarps;
-      } else if (next.matrix) {
-        ahead.begin(slot, next);
+      for (int slot = 0; slot < kAhead; ++slot) {
+        const int step = from + slot;
+        if (step >= walk.steps) break;
+        sums.add(ahead.low[slot], ahead.high[slot], vector + step * Walk<T>::kStep, second);
+        if (step + kAhead < walk.steps)
+          ahead.fetch(slot, walk, tile, step + kAhead);
+        else if (tile + kTeamWarps < walk.tiles)
+          ahead.fetch(slot, walk, tile + kTeamWarps, slot);
+        else if (next.matrix)
+          ahead.begin(slot, next);
       }
-      if (++step < walk.steps) continue;
-      done(tile * 8 + threadIdx.x % 32 / 4, sums.both(halves));
-      sums = {};
-      step = 0;
-      tile += kTeamWarps;
     }
+    done(tile * 8 + threadIdx.x % 32 / 4, sums.both(halves));
   }
 }
 
@@ -267,18 +257,31 @@ class Team {
       const bool inside = s + 1 < unet_.stage_count;
       const int p = inside ? unet_.stages[s + 1].p : 1;
       begin(stage);
-      if (!met) cooperative_groups::this_cluster().barrier_wait(), met = true;
-      float* const x = inbox(s);
-      if (first)
-        start(stage, s, position, x);
-      else
-        wait_for_mail(s);
-      wait_for_vectors();
-      layers(stage, x, s == 0 ? piece.from < 0 : position == 0);
-      if (last)
-        finish(stage, s, row, x);
-      else
-        hand_on(stage.d, s, x);
+      const int from = first_layer(stage, rank_), end = first_layer(stage, rank_ + 1);
+      // First a layer, and what comes after, of no consequence: instructions come from afar when
+      // they are executed for the first time, which takes longer than the layer itself. Until x
+      // comes there is time.
+      rehearsal_ = s == 0 && !first && from < end;
+      float* x = rehearsal_ ? at<float>(unet_.room.e) : inbox(s);
+#pragma unroll 1
+      while (true) {
+        if (!rehearsal_) {
+          if (!met) cooperative_groups::this_cluster().barrier_wait(), met = true;
+          if (first)
+            start(stage, s, position, x);
+          else
+            wait_for_mail(s);
+        }
+        wait_for_vectors();
+        layers(stage, x, s == 0 ? piece.from < 0 : position == 0, from,
+               rehearsal_ ? from + 1 : end);
+        if (last) finish(stage, s, row, x);
+        if (!rehearsal_) break;
+        rehearsal_ = false;
+        x = inbox(s);
+        if (last) linear_.begin(pairs(unet_.layers[from].linear, stage.d, stage.d));
+      }
+      if (!last) hand_on(stage.d, s, x);
       if (!inside) break;
       const int in_coarse = static_cast<int>(position % p);
       if (first) keep_or_lift(stage, unet_.stages[s + 1], in_coarse);
@@ -339,9 +342,10 @@ class Team {
     __syncthreads();
   }
   __device__ void fetch_scan(const UnetStage<T>& stage, const UnetLayer<T>& layer) {
-    const int lanes = stage.n / kStatesOf, channel = static_cast<int>(threadIdx.x) / lanes;
+    const int channel = static_cast<int>(threadIdx.x) >> stage.lane_bits;
     if (channel < stage.d)
-      scan_.fetch(layer, slot_, stage.d, stage.n, channel, static_cast<int>(threadIdx.x) % lanes);
+      scan_.fetch(layer, slot_, stage.d, stage.n, channel,
+                  static_cast<int>(threadIdx.x) & (stage.n / kStatesOf - 1));
   }
 
   // x of a stage: what came and, of the stage inside, this step's part of what it put out last.
@@ -373,17 +377,16 @@ class Team {
     return rsqrtf(sum / static_cast<float>(d) + unet_.eps);
   }
 
-  __device__ void layers(const UnetStage<T>& stage, float* x, bool fresh) {
-    const int d = stage.d, f = stage.f, first = first_layer(stage, rank_),
-              end = first_layer(stage, rank_ + 1);
+  __device__ void layers(const UnetStage<T>& stage, float* x, bool fresh, int first, int end) {
+    const int d = stage.d, f = stage.f;
     T* const u = at<T>(unet_.room.u);
     T* const y = at<T>(unet_.room.y);
     T* const gated = at<T>(unet_.room.gated);
 #pragma unroll 1
     for (int l = first; l < end; ++l) {
       const UnetLayer<T>& layer = unet_.layers[l];
-      const bool more = l + 1 < end;
-      const UnetLayer<T>& after = unet_.layers[more ? l + 1 : l];
+      const bool more = l + 1 < end || rehearsal_;
+      const UnetLayer<T>& after = unet_.layers[l + 1 < end ? l + 1 : l];
       const float* const vectors = at<float>(unet_.room.vectors) + (l - first) * 5 * d;
       const float *const bias = vectors + 2 * d, *const mlp_norm = vectors + 4 * d;
       scan(stage, layer, more ? &after : nullptr, vectors, x, y, fresh);
@@ -421,16 +424,16 @@ class Team {
   __device__ void scan(const UnetStage<T>& stage, const UnetLayer<T>& layer,
                        const UnetLayer<T>* after, const float* vectors, float* x, T* y,
                        bool fresh) {
-    const int d = stage.d, n = stage.n, lanes = n / kStatesOf, at_once = kTeamThreads / lanes;
-    const int lane = static_cast<int>(threadIdx.x) % lanes;
+    const int d = stage.d, n = stage.n, lanes = n / kStatesOf, at_once = stage.at_once;
+    const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     const float scale = rstd(x, d);
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x) / lanes; c < d; c += at_once) {
+    for (int c = static_cast<int>(threadIdx.x) >> stage.lane_bits; c < d; c += at_once) {
       const ScanAhead<T> now = scan_;
       if (c + at_once < d)
         scan_.fetch(layer, slot_, d, n, c + at_once, lane);
       else if (after)
-        scan_.fetch(*after, slot_, d, n, c % at_once, lane);
+        scan_.fetch(*after, slot_, d, n, static_cast<int>(threadIdx.x) >> stage.lane_bits, lane);
       const float u = to_float(from_float<T>(x[c] * vectors[c] * scale));
       float4 h[2] = {now.h[0], now.h[1]};
       if (fresh) h[0] = h[1] = float4{0, 0, 0, 0};
@@ -441,8 +444,7 @@ class Team {
       sum = advance(h[1].z, h[1].w, now.z_re.w, now.z_im.w, now.K_re.w, now.K_im.w, u, sum);
       float4* const state =
           reinterpret_cast<float4*>(layer.state + ((slot_ * d + c) * n + kStatesOf * lane) * 2);
-      state[0] = h[0];
-      state[1] = h[1];
+      if (!rehearsal_) state[0] = h[0], state[1] = h[1];
       for (int far = lanes / 2; far > 0; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
       if (lane == 0) y[c] = from_float<T>(gelu_of(sum));
     }
@@ -488,7 +490,7 @@ class Team {
     __syncthreads();
     float* const to = s == 0 ? unet_.logits + row * unet_.v : stage.next + slot_ * outputs;
     multiply(linear_, walk, Walk<T>{}, u, true, [&](int i, float2 of_halves) {
-      if (threadIdx.x % 4 != 0) return;
+      if (threadIdx.x % 4 != 0 || rehearsal_) return;
       const float sum = of_halves.x + of_halves.y;
       to[i] = s == 0 ? sum : to_float(from_float<T>(sum + stage.up_bias[i]));
     });
@@ -528,6 +530,7 @@ class Team {
   unsigned char* const shared_;
   const int rank_;
   int64_t slot_ = 0;
+  bool rehearsal_ = false;
   ScanAhead<T> scan_;
   Ahead<T> linear_, in_, out_;
 };
@@ -658,6 +661,8 @@ Unet<T> filled(const UnetStep& op, int team) {
              .n = static_cast<int>(from.blocks[0].table.size[2]),
              .f = out ? static_cast<int>(out.cols()) : 0,
              .p = static_cast<int>(from.p)};
+    stage.lane_bits = std::countr_zero(static_cast<unsigned>(stage.n / kStatesOf));
+    stage.at_once = kTeamThreads >> stage.lane_bits;
     for (const UnetStep::Block& block : from.blocks)
       unet.layers[layers++] = {.norm = block.norm.as<float>(),
                                .table = block.table.as<float>(),
@@ -685,7 +690,7 @@ Unet<T> filled(const UnetStep& op, int team) {
   unet.room.u = take(longest, kSize);
   unet.room.gated = take(longest, kSize);
   unet.room.steps = take(longest, kSize);
-  unet.room.e = take(widest, 4);
+  unet.room.e = take(widest + widest / 8, 4);
   unet.room.vectors = take(vectors, 4);
   unet.room.norm_f = take(widest, 4);
   unet.room.signals = take(kMostStages, sizeof(uint64_t));
