@@ -19,6 +19,7 @@ class OpVariants {
         whole_(backend, whole(shape.pieces)),
         t_(rows_.total()) {
     add_products();
+    add_embeddings();
     add_loss();
     add_pools();
     for (const bool reverse : {false, true}) {
@@ -92,6 +93,24 @@ class OpVariants {
     const View dy = activations({t_, out}, 1 / std::sqrt(static_cast<float>(t_)));
     add("gemm bias f32", {dy, a}, {weight},
         Gemm{.a = dy, .b = a, .c = weight, .bias = values({d}), .ta = true, .beta = 1});
+  }
+
+  void add_embeddings() {
+    const int64_t d = shape_.d, v = shape_.v, l = 3;
+    const View ids = zeros(DType::i32, {t_});
+    std::vector<int32_t> host(t_);
+    for (int64_t i = 0; i < t_; ++i) host[i] = static_cast<int32_t>(i * 7 % (l * v));
+    backend_.copy(host_view(host.data(), DType::i32, {t_}), ids);
+    backend_.sync();
+    const View table = activations({v, d}), labels = activations({l, d});
+    const Embed op{.ids = ids, .table = table, .y = values({t_, d}), .labels = labels};
+    add("embed with labels", {table, labels}, {op.y}, op);
+    const EmbedBackward back{.ids = ids,
+                             .dy = values({t_, d}),
+                             .dtable = values({v, d}),
+                             .dlabels = values({l, d})};
+    add("embed backward with labels", {back.dy, back.dtable, back.dlabels},
+        {back.dtable, back.dlabels}, back);
   }
 
   // Some rows are not counted.
