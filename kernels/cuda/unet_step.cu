@@ -101,6 +101,12 @@ __device__ inline uint4 load_weights(const void* from) {
   return word;
 }
 
+// Of the same value in all lanes, which the compiler would not see in threadIdx.x / 32: it would
+// guard every shuffle.
+__device__ inline int warp_index() {
+  return __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+}
+
 // What a warp has asked for of a product.
 template <class T>
 struct Ahead {
@@ -114,13 +120,12 @@ struct Ahead {
     high[slot] = load_weights(at + walk.second);
   }
   // The begin of a product.
-  __device__ void begin(int slot, const Walk<T>& walk) {
-    const int tile = threadIdx.x / 32;
-    if (tile < walk.tiles && slot < walk.steps) fetch(slot, walk, tile, slot);
+  __device__ void begin(int slot, const Walk<T>& walk, int warp) {
+    if (warp < walk.tiles && slot < walk.steps) fetch(slot, walk, warp, slot);
   }
-  __device__ void begin(const Walk<T>& walk) {
+  __device__ void begin(const Walk<T>& walk, int warp) {
 #pragma unroll
-    for (int slot = 0; slot < kAhead; ++slot) begin(slot, walk);
+    for (int slot = 0; slot < kAhead; ++slot) begin(slot, walk, warp);
   }
 };
 
@@ -166,10 +171,10 @@ struct Sums {
 // holds the begin of the product, and that of `next` (null: none) afterwards.
 template <class T, class F>
 __device__ void multiply(Ahead<T>& ahead, const Walk<T>& walk, const Walk<T>& next, const T* vector,
-                         bool halves, F&& done) {
+                         bool halves, int warp, F&& done) {
   const int second = halves ? walk.k / 2 : 0;
 #pragma unroll 1
-  for (int tile = threadIdx.x / 32; tile < walk.tiles; tile += kTeamWarps) {
+  for (int tile = warp; tile < walk.tiles; tile += kTeamWarps) {
     Sums<T> sums;
 #pragma unroll 1
     for (int from = 0; from < walk.steps; from += kAhead) {
@@ -183,7 +188,7 @@ __device__ void multiply(Ahead<T>& ahead, const Walk<T>& walk, const Walk<T>& ne
         else if (tile + kTeamWarps < walk.tiles)
           ahead.fetch(slot, walk, tile + kTeamWarps, slot);
         else if (next.matrix)
-          ahead.begin(slot, next);
+          ahead.begin(slot, next, warp);
       }
     }
     done(tile * 8 + threadIdx.x % 32 / 4, sums.both(halves));
@@ -233,7 +238,10 @@ template <class T>
 class Team {
  public:
   __device__ Team(const Unet<T>& unet, unsigned char* shared)
-      : unet_(unet), shared_(shared), rank_(static_cast<int>(blockIdx.x) % unet.team) {}
+      : unet_(unet),
+        shared_(shared),
+        rank_(static_cast<int>(blockIdx.x) % unet.team),
+        warp_(warp_index()) {}
 
   __device__ void run() {
     const int64_t row = blockIdx.x / unet_.team;
@@ -279,7 +287,7 @@ class Team {
         if (!rehearsal_) break;
         rehearsal_ = false;
         x = inbox(s);
-        if (last) linear_.begin(pairs(unet_.layers[from].linear, stage.d, stage.d));
+        if (last) linear_.begin(pairs(unet_.layers[from].linear, stage.d, stage.d), warp_);
       }
       if (!last) hand_on(stage.d, s, x);
       if (!inside) break;
@@ -309,6 +317,7 @@ class Team {
     const int32_t id = unet_.ids[row];
     float* const e = at<float>(unet_.room.e);
     const bool known = id >= 0 && id < unet_.table_rows;
+#pragma unroll 1
     for (int i = threadIdx.x; i < d; i += kTeamThreads)
       e[i] = known ? to_float(unet_.table[static_cast<int64_t>(id) * d + i]) : NAN;
   }
@@ -317,6 +326,7 @@ class Team {
   __device__ void begin(const UnetStage<T>& stage) {
     const int d = stage.d, first = first_layer(stage, rank_), end = first_layer(stage, rank_ + 1);
     const int words = 5 * d / 4;
+#pragma unroll 1
     for (int i = threadIdx.x; i < (end - first) * words; i += kTeamThreads) {
       const UnetLayer<T>& layer = unet_.layers[first + i / words];
       const int at_word = i % words * 4;
@@ -327,15 +337,16 @@ class Team {
                                             : nullptr;
       copy_ahead(at<float>(unet_.room.vectors) + i * 4, from ? from : layer.norm, from ? 16 : 0);
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < d / 4; i += kTeamThreads)
       copy_ahead(at<float>(unet_.room.norm_f) + i * 4, stage.norm_f + i * 4, 16);
     if (first == end) return;
     const UnetLayer<T>& layer = unet_.layers[first];
     fetch_scan(stage, layer);
-    linear_.begin(pairs(layer.linear, d, d));
+    linear_.begin(pairs(layer.linear, d, d), warp_);
     if (stage.f == 0) return;
-    in_.begin(pairs(layer.mlp_in, d, stage.f));
-    out_.begin(halves(layer.mlp_out, stage.f, d));
+    in_.begin(pairs(layer.mlp_in, d, stage.f), warp_);
+    out_.begin(halves(layer.mlp_out, stage.f, d), warp_);
   }
   __device__ void wait_for_vectors() const {
     asm volatile("cp.async.wait_all;" ::: "memory");
@@ -356,9 +367,11 @@ class Team {
     const int p = inside ? unet_.stages[s + 1].p : 1;
     float* const next = inside ? unet_.stages[s + 1].next + slot_ * p * d : nullptr;
     const bool lifted = inside && position >= p;
+    const float* const part = next + position % p * d;
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; i < d; i += kTeamThreads) {
-      const float sum = e[i] + (lifted ? __ldcg(next + position % p * d + i) : 0.f);
+      const float sum = e[i] + (lifted ? __ldcg(part + i) : 0.f);
       x[i] = sum;
       float square = sum * sum;
 #pragma unroll
@@ -366,15 +379,17 @@ class Team {
       if (i % 8 == 0) squares(x, d)[i / 8] = square;
     }
     if (inside && position == 0)
+#pragma unroll 1
       for (int i = threadIdx.x; i < p * d; i += kTeamThreads) next[i] = 0;
   }
 
   __device__ float rstd(float* x, int d) const {
     float sum = 0;
+#pragma unroll 1
     for (int i = threadIdx.x % 32; i < d / 8; i += 32) sum += squares(x, d)[i];
 #pragma unroll
     for (int far = 1; far < 32; far *= 2) sum += __shfl_xor_sync(~0u, sum, far);
-    return rsqrtf(sum / static_cast<float>(d) + unet_.eps);
+    return rsqrtf(fmaf(sum, __frcp_rn(static_cast<float>(d)), unet_.eps));
   }
 
   __device__ void layers(const UnetStage<T>& stage, float* x, bool fresh, int first, int end) {
@@ -392,7 +407,7 @@ class Team {
       scan(stage, layer, more ? &after : nullptr, vectors, x, y, fresh);
       __syncthreads();
       multiply(linear_, pairs(layer.linear, d, d), more ? pairs(after.linear, d, d) : Walk<T>{}, y,
-               false, [&](int i, float2 ab) {
+               false, warp_, [&](int i, float2 ab) {
                  const float sum = x[i] + (ab.x + bias[i]) * sigmoid(ab.y + bias[d + i]);
                  const float square = squares_of_tile(sum);
                  if (threadIdx.x % 4 == 0) {
@@ -405,13 +420,13 @@ class Team {
       if (f == 0) continue;
       const float scale = rstd(x, d);
       multiply(in_, pairs(layer.mlp_in, d, f), more ? pairs(after.mlp_in, d, f) : Walk<T>{}, u,
-               false, [&](int i, float2 ab) {
+               false, warp_, [&](int i, float2 ab) {
                  if (threadIdx.x % 4 == 0)
                    gated[i] = from_float<T>(scale * ab.x * sigmoid(scale * ab.y));
                });
       __syncthreads();
       multiply(out_, halves(layer.mlp_out, f, d), more ? halves(after.mlp_out, f, d) : Walk<T>{},
-               gated, true, [&](int i, float2 of_halves) {
+               gated, true, warp_, [&](int i, float2 of_halves) {
                  const float sum = x[i] + of_halves.x + of_halves.y;
                  const float square = squares_of_tile(sum);
                  if (threadIdx.x % 4 == 0) x[i] = sum;
@@ -454,6 +469,7 @@ class Team {
   __device__ void hand_on(int d, int s, float* x) {
     auto cluster = cooperative_groups::this_cluster();
     float* const to = cluster.map_shared_rank(x, rank_ + 1);
+#pragma unroll 1
     for (int i = threadIdx.x; i < d + d / 8; i += kTeamThreads) to[i] = x[i];
     __syncthreads();
     if (threadIdx.x > 0) return;
@@ -484,12 +500,13 @@ class Team {
     const float* const norm_f = at<float>(unet_.room.norm_f);
     const int outputs = s == 0 ? unet_.v : stage.p * unet_.stages[s - 1].d;
     const Walk<T> walk = halves(s == 0 ? unet_.head : stage.up, d, outputs);
-    linear_.begin(walk);
+    linear_.begin(walk, warp_);
+#pragma unroll 1
     for (int i = threadIdx.x; i < d; i += kTeamThreads)
       u[i] = from_float<T>(x[i] * norm_f[i] * scale);
     __syncthreads();
     float* const to = s == 0 ? unet_.logits + row * unet_.v : stage.next + slot_ * outputs;
-    multiply(linear_, walk, Walk<T>{}, u, true, [&](int i, float2 of_halves) {
+    multiply(linear_, walk, Walk<T>{}, u, true, warp_, [&](int i, float2 of_halves) {
       if (threadIdx.x % 4 != 0 || rehearsal_) return;
       const float sum = of_halves.x + of_halves.y;
       to[i] = s == 0 ? sum : to_float(from_float<T>(sum + stage.up_bias[i]));
@@ -503,14 +520,17 @@ class Team {
     float* const rest = inner.rest + slot_ * (p - 1) * d;
     float* const e = at<float>(unet_.room.e);
     if (in_coarse != p - 1) {
+#pragma unroll 1
       for (int i = threadIdx.x; i < d; i += kTeamThreads) rest[in_coarse * d + i] = e[i];
       if (in_coarse == 0)
+#pragma unroll 1
         for (int i = d + threadIdx.x; i < (p - 1) * d; i += kTeamThreads) rest[i] = 0;
       return;
     }
     T* const steps = at<T>(unet_.room.steps);
     const Walk<T> walk = halves(inner.down, p * d, inner.d);
-    linear_.begin(walk);
+    linear_.begin(walk, warp_);
+#pragma unroll 1
     for (int i = threadIdx.x; i < p * d; i += kTeamThreads) {
       if (i < (p - 1) * d) {
         steps[i] = from_float<T>(__ldcg(rest + i));
@@ -520,7 +540,7 @@ class Team {
       }
     }
     __syncthreads();
-    multiply(linear_, walk, Walk<T>{}, steps, true, [&](int i, float2 of_halves) {
+    multiply(linear_, walk, Walk<T>{}, steps, true, warp_, [&](int i, float2 of_halves) {
       if (threadIdx.x % 4 == 0) e[i] = of_halves.x + of_halves.y + inner.down_bias[i];
     });
     __syncthreads();
@@ -528,7 +548,7 @@ class Team {
 
   const Unet<T>& unet_;
   unsigned char* const shared_;
-  const int rank_;
+  const int rank_, warp_;
   int64_t slot_ = 0;
   bool rehearsal_ = false;
   ScanAhead<T> scan_;
@@ -613,11 +633,13 @@ bool offered(const UnetStep& op) {
   bool fits = op.head.rows() % 8 == 0 && in_words(op.table) && in_words(op.head) &&
               op.logits.contiguous() && op.ids.contiguous();
   size_t layers = 0;
+  int64_t outer = 1;  // width of the stage around
   for (const UnetStep::Stage& stage : op.stages) {
     const int64_t d = stage.norm_f.size[0];
     layers += stage.blocks.size();
     fits = fits && !stage.blocks.empty() && d % 64 == 0 && d <= kMostWidth &&
-           stage.p * d <= 8 * kMostWidth;
+           stage.p * outer <= 8 * kMostWidth;
+    outer = d;
     for (const View& view : {stage.norm_f, stage.down, stage.down_bias, stage.up, stage.up_bias,
                              stage.rest, stage.next})
       fits = fits && in_words(view);
