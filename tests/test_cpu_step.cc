@@ -1,11 +1,12 @@
-// Decoding in one op (MambaStep) on the CPU against the ops it stands for: a pass over whole
-// sequences takes those, step by step takes the one. Alone, beside others and on any number of
-// threads a sequence gets the same bits.
+// Decoding in one op (MambaStep, UnetStep) on the CPU against the ops it stands for. Alone, beside
+// others and on any number of threads a sequence gets the same bits.
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "kernels/error.h"
+#include "model/step_tables.h"
 #include "tests/model_testing.h"
 
 namespace coil {
@@ -56,6 +57,7 @@ std::vector<float> step_by_step(Backend& backend, const Model& model, int first,
   return all;
 }
 
+// A pass over whole sequences takes the ops.
 std::vector<float> in_one_pass(Backend& backend, const Model& model, int64_t count) {
   std::vector<int32_t> ids;
   for (int64_t i = 0; i < count; ++i) {
@@ -144,6 +146,128 @@ TEST(CpuStep, WhatItDeclinesOrRefuses) {
   const Rows many = Rows::equal(*backend, 17, 1);
   const Tensor wide(*backend, DType::f32, {17, 64}), out(*backend, DType::f32, {17, 64});
   EXPECT_FALSE(run(wide, out, many, nullptr));
+}
+
+constexpr int64_t kUnetSteps = 14;
+
+Config unet_config() {  // no width is whole vectors or cache lines
+  Config config;
+  config.vocab = 23;
+  config.d = 40;
+  config.s4d_states = 20;
+  config.mlp = 2;
+  config.tie = false;
+  config.layers = parse_mixers("s4d", 2);
+  add_stages(config, "2,3", "72,100", "s4d");
+  return config;
+}
+
+// Logits (kUnetSteps, count, vocab) of sequences first, first + 1, …, each a step ahead of the one
+// before. Without tables by the ops.
+std::vector<float> unet_steps(Backend& backend, const Model& model, const StepTables& tables,
+                              int64_t first, int64_t count) {
+  const int64_t v = model.config.vocab;
+  State state(backend, model.config, static_cast<int32_t>(count));
+  std::vector<float> all;
+  for (int64_t step = 0; step < kUnetSteps; ++step) {
+    std::vector<Piece> pieces;
+    std::vector<int32_t> ids;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t position = step + first + i;
+      const auto slot = static_cast<int32_t>(count - 1 - i);
+      pieces.push_back({.begin = i,
+                        .length = 1,
+                        .position = position,
+                        .from = position == 0 ? -1 : slot,
+                        .to = slot,
+                        .last = false});
+      ids.push_back(static_cast<int32_t>((7 * position + first + i) % v));
+    }
+    const Rows rows(backend, pieces);
+    Tensor logits(backend, DType::f32, {count, v});
+    const UnetStep ends{
+        .ids = ids_view(ids), .table = model.embedding, .head = model.output(), .logits = logits};
+    if (tables.layers.empty())
+      logits = step_logits(backend, model, tables, ids_view(ids), rows, &state);
+    else
+      EXPECT_TRUE(try_step(backend, model, tables, ends, rows, &state));
+    const std::vector<float> values = values_of(backend, logits);
+    all.insert(all.end(), values.begin(), values.end());
+  }
+  return all;
+}
+
+// What sequence `which` of `count` got.
+std::vector<float> of_one(std::span<const float> all, int64_t which, int64_t count, int64_t v) {
+  std::vector<float> own;
+  for (int64_t step = 0; step < kUnetSteps; ++step) {
+    const auto row = all.subspan((step * count + which) * v, v);
+    own.insert(own.end(), row.begin(), row.end());
+  }
+  return own;
+}
+
+TEST(CpuStep, OfAUnetTheSameBitsAloneAndBesideOthers) {
+  const auto one = make_cpu_backend(1), three = make_cpu_backend(3);
+  for (const DType matrices : {DType::f32, DType::bf16}) {
+    const Model model = converted(*one, random_model(*one, unet_config(), 5), matrices);
+    const StepTables tables = step_tables(*one, model);
+    for (const int64_t count : {1, 2, 7, 16, 64}) {
+      const std::string what = fmt::format("{}, {} sequences", name_of(matrices), count);
+      const std::vector<float> found = unet_steps(*one, model, tables, 0, count);
+      if (matrices == DType::f32) {
+        EXPECT_LE(relative_difference(found, unet_steps(*one, model, {}, 0, count)), 2e-5) << what;
+      }
+      EXPECT_TRUE(same_bits(unet_steps(*three, model, tables, 0, count), found)) << what;
+      const int64_t v = model.config.vocab;
+      for (const int64_t which : {count / 2, count - 1})
+        EXPECT_TRUE(
+            same_bits(unet_steps(*one, model, tables, which, 1), of_one(found, which, count, v)))
+            << what << ", " << which;
+    }
+  }
+}
+
+TEST(CpuStep, OfAUnetWhatIsNotFiniteStaysInItsSequence) {
+  const auto backend = make_cpu_backend(2);
+  const Model model = random_model(*backend, unet_config(), 5);
+  const StepTables tables = step_tables(*backend, model);
+  const int64_t v = model.config.vocab;
+  const std::vector<float> clean = unet_steps(*backend, model, tables, 0, 3);
+  // Of the three sequences only the middle one has this id in its 14 steps.
+  std::vector<int32_t> uses(v);
+  for (int64_t i = 0; i < 3; ++i)
+    for (int64_t step = 0; step < kUnetSteps; ++step) uses[(7 * (step + i) + i) % v] |= 1 << i;
+  const auto id = std::ranges::find(uses, 1 << 1) - uses.begin();
+  ASSERT_LT(id, v);
+  model.embedding.as<float>()[id * model.config.d] = INFINITY;
+  const std::vector<float> found = unet_steps(*backend, model, tables, 0, 3);
+  for (const int64_t i : {0, 2})
+    EXPECT_TRUE(same_bits(of_one(found, i, 3, v), of_one(clean, i, 3, v))) << i;
+  EXPECT_TRUE(std::ranges::any_of(of_one(found, 1, 3, v), [](float x) { return std::isnan(x); }));
+}
+
+TEST(CpuStep, OfAUnetWhatItDeclinesOrRefuses) {
+  const auto backend = make_cpu_backend(2);
+  const Model model = random_model(*backend, unet_config(), 5);
+  const StepTables tables = step_tables(*backend, model);
+  const auto run = [&](int64_t count, int32_t slots, int64_t columns) {
+    std::vector<Piece> pieces;
+    for (int32_t i = 0; i < count; ++i)
+      pieces.push_back({.begin = i, .length = 1, .from = -1, .to = i, .last = false});
+    const Rows rows(*backend, std::move(pieces));
+    const State state(*backend, model.config, slots);
+    std::vector<int32_t> ids(count, 1);
+    const Tensor logits(*backend, DType::f32, {count, columns});
+    return try_step(
+        *backend, model, tables,
+        {.ids = ids_view(ids), .table = model.embedding, .head = model.output(), .logits = logits},
+        rows, &state);
+  };
+  EXPECT_TRUE(run(64, 64, 23));
+  EXPECT_FALSE(run(65, 65, 23));
+  EXPECT_THROW(run(2, 1, 23), Error);
+  EXPECT_THROW(run(2, 2, 22), Error);
 }
 
 }  // namespace

@@ -14,8 +14,8 @@ constexpr int64_t kScanBlock = scan_block(Device{});
 
 Blocks::Device cpu_memory(int64_t limit);  // backend.cc
 
-// What MambaStep takes of other ops, on the calling thread and without their checks; `scratch` is
-// the thread's own.
+// What MambaStep and UnetStep take of other ops, on the calling thread and without their checks;
+// `scratch` is the thread's own.
 constexpr int64_t kMostConvTaps = 8;
 void norm_rows_of(const Norm& op, int64_t begin, int64_t end);
 void conv1d_cell(const Conv1d& op, const Cell& cell, float* scratch);  // channels x taps
@@ -58,6 +58,7 @@ class CpuBackend final : public Backend {
   void run(const Upsample&) override;
   void run(const UpsampleBackward&) override;
   bool try_run(const MambaStep&) override;
+  bool try_run(const UnetStep&) override;
   void run(const Pool&) override;
   void run(const PoolBackward&) override;
   void run(const CrossEntropy&) override;

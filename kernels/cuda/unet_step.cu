@@ -745,7 +745,6 @@ bool CudaBackend::try_run(const UnetStep& op) {
   while (2 * team <= std::min<int64_t>(kMostTeam, static_cast<int64_t>(most)) &&
          2 * team * t <= processors_)
     team *= 2;
-  if (const char* given = getenv("COIL_TEAM")) team = atoi(given);
   bool done = false;
   with_type(name, op.table, [&](auto type) {
     using T = decltype(type);
