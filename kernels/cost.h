@@ -50,9 +50,9 @@ inline Cost cost_of(const Embed& op) {  // rows of the table come from a cache w
                    std::min(bytes_of({op.table}), bytes_of({op.y}))};
 }
 inline Cost cost_of(const EmbedBackward& op) {
-  return {
-      .flops = static_cast<double>(op.dy.count()) * (op.dlabels ? 2 : 1),
-      .bytes = bytes_of({op.ids, op.dy, op.dlabels}) + 2 * std::min(bytes_of({op.dtable}), bytes_of({op.dy}))};
+  return {.flops = static_cast<double>(op.dy.count()) * (op.dlabels ? 2 : 1),
+          .bytes = bytes_of({op.ids, op.dy, op.dlabels}) +
+                   2 * std::min(bytes_of({op.dtable}), bytes_of({op.dy}))};
 }
 inline Cost cost_of(const Norm& op) {
   return {.flops = 4. * static_cast<double>(op.x.count()),

@@ -49,8 +49,8 @@ struct SumRows {
 // y[i] = table[ids[i]]. ids (t) i32 within 0 … v-1; table (v,d) f32 or bf16; y (t,d) f32.
 // Another id is refused on a CPU. On CUDA, where to refuse it would mean to wait for the card, its
 // row is NaN, and backward leaves its gradient out.
-// With labels, y[i] = table[ids[i] mod v] + labels[ids[i] / v], for ids of 0 … l v - 1: every step of
-// a sequence knows what it is labelled.
+// With labels, y[i] = table[ids[i] mod v] + labels[ids[i] / v], for ids of 0 … l v - 1: every step
+// of a sequence knows what it is labelled.
 struct Embed {
   View ids, table, y;
   View labels;  // optional (l,d), of table's type
@@ -265,7 +265,8 @@ struct MambaStep {
 // long, from ids to logits: what model/backbone.cc, unet.cc, s4d.cc and mlp.cc do with the ops
 // above, in one op, for decoding. Of each stage, from x(d), the residual stream,
 //   x += up(x')[part of this step], x' what the stage inside put out for its last step;
-//   per block  x += glu(output_linear(gelu(scan(norm(x)))));  x += mlp_out(glu(mlp_in(mlp_norm(x))));
+//   per block  x += glu(output_linear(gelu(scan(norm(x)))));  x +=
+//   mlp_out(glu(mlp_in(mlp_norm(x))));
 // and norm_f after the last. A stage inside runs when a coarse step ends, on down(its p steps). A
 // backend may decline it: Backend::try_run; every piece goes on in its own slot (from = to) or
 // begins (from -1, position 0).

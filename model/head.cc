@@ -269,8 +269,8 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   dlogits = Tensor();
   Tensor dx =
       model.backbone.backward(backend, model.config, saved, rows, dh, nullptr, grad->backbone);
-  backend.run(EmbedBackward{
-      .ids = ids, .dy = dx, .dtable = grad->embedding, .dlabels = grad->labels});
+  backend.run(
+      EmbedBackward{.ids = ids, .dy = dx, .dtable = grad->embedding, .dlabels = grad->labels});
   return weight;
 }
 

@@ -43,7 +43,8 @@ Model converted(Backend& backend, const Model& model, DType matrices);
 void copy_values(Backend& backend, const Model& from, Model& to);
 
 // ids (t) i32, in host or device memory; with config.condition, vocab times the number of the
-// sequence's label is added to each (ops.h: Embed) → hidden (t,d) after the final norm, of activation type.
+// sequence's label is added to each (ops.h: Embed) → hidden (t,d) after the final norm, of
+// activation type.
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
               Saved* saved = nullptr);
 // (t, config.predicted()) f32
@@ -61,11 +62,11 @@ std::vector<Softmax> softmaxes(const Config& config);
 // `targets` less the begin of a softmax where they stand in it, else -1.
 std::vector<int32_t> targets_in(const Softmax& softmax, View targets);
 
-// lm_logits() of hidden(), where pieces of one step are one op if the backend has it; of networks of
-// S4D only with their tables (model/step_tables.h). `read`: ids count from its begin on; `drawn`: the
-// logits are over its columns alone. So an id that is drawn from one softmax is read by the next
-// step as it is, wherever it lies. Of a conditional model the label is that of the tables, and ids
-// are without.
+// lm_logits() of hidden(), where pieces of one step are one op if the backend has it; of networks
+// of S4D only with their tables (model/step_tables.h). `read`: ids count from its begin on;
+// `drawn`: the logits are over its columns alone. So an id that is drawn from one softmax is read
+// by the next step as it is, wherever it lies. Of a conditional model the label is that of the
+// tables, and ids are without.
 struct StepTables;
 Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state, Softmax read, Softmax drawn);

@@ -223,8 +223,7 @@ void Generator::finish(Block& block, const GenerateHooks& hooks) {
 }
 
 Generated Generator::run(const GenerateHooks& hooks) {
-  if (!pending_in_.count)
-    set_pending(std::vector<int32_t>(options_.count, front_end_.begin()));
+  if (!pending_in_.count) set_pending(std::vector<int32_t>(options_.count, front_end_.begin()));
   end_ = options_.samples > 0 ? position_ + options_.samples * front_end_.step() : -1;
   const auto ended = [&] {
     return made_.unwanted || position_ == end_ || std::ranges::all_of(stopped_, std::identity()) ||

@@ -1,6 +1,7 @@
 // Audio drawn from a language model, code by code:
-//   code t ~ p(. | label if the model has one, codes before it),  a softmax over the codes that can stand
-//   at t (mu-law; coarse and fine bytes of 16 bits in turns), by temperature, top_k and top_p.
+//   code t ~ p(. | label if the model has one, codes before it),  a softmax over the codes that can
+//   stand at t (mu-law; coarse and fine bytes of 16 bits in turns), by temperature, top_k and
+//   top_p.
 //
 // Ids stay on the device: what Sample writes the next step reads, and the host asks for blocks of
 // steps, the next one under way while it looks at the last. The draw of a code is a function of

@@ -105,10 +105,8 @@ class OpVariants {
     const View table = activations({v, d}), labels = activations({l, d});
     const Embed op{.ids = ids, .table = table, .y = values({t_, d}), .labels = labels};
     add("embed with labels", {table, labels}, {op.y}, op);
-    const EmbedBackward back{.ids = ids,
-                             .dy = values({t_, d}),
-                             .dtable = values({v, d}),
-                             .dlabels = values({l, d})};
+    const EmbedBackward back{
+        .ids = ids, .dy = values({t_, d}), .dtable = values({v, d}), .dlabels = values({l, d})};
     add("embed backward with labels", {back.dy, back.dtable, back.dlabels},
         {back.dtable, back.dlabels}, back);
   }

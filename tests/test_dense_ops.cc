@@ -70,7 +70,8 @@ TEST_P(DenseOps, EmbedBackward) {
 
 // Every step is the sum of two rows, and gives its gradient to both.
 TEST_P(DenseOps, EmbedWithLabels) {
-  for (const auto& [t, v, l, d] : {std::tuple{7, 5, 3, 19}, {700, 16, 10, 64}, {300, 3000, 4, 33}}) {
+  for (const auto& [t, v, l, d] :
+       {std::tuple{7, 5, 3, 19}, {700, 16, 10, 64}, {300, 3000, 4, 33}}) {
     Field table(v, d, random), labels(l, d, random), y(t, d), dy(t, d, random);
     Field dtable(v, d), dlabels(l, d), alone(v, d), labels_alone(l, d);
     auto ids = random_ids(t, v * l, random);

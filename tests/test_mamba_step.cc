@@ -171,10 +171,10 @@ TEST_P(MambaStepTest, FromIdsToLogits) {
         return values_of(*gpu, logits);
       };
       for (int repeat = 0; repeat < 2; ++repeat)
-        expect_close(
-            run(),
-            values_of(*cpu, step_logits(*cpu, pair.on_cpu, {}, ids_view(ids), on_cpu, &pair.cpu_state)),
-            what);
+        expect_close(run(),
+                     values_of(*cpu, step_logits(*cpu, pair.on_cpu, {}, ids_view(ids), on_cpu,
+                                                 &pair.cpu_state)),
+                     what);
       expect_close_states(pair, what);
       ids.back() = static_cast<int32_t>(vocab);
       const Rows fresh = Rows::equal(*gpu, count, 1);
@@ -201,10 +201,11 @@ TEST_P(MambaStepTest, NetworksTakeTurns) {
       std::vector<Piece> pieces = steps(3, round);
       for (Piece& piece : pieces) piece.to = static_cast<int32_t>(piece.begin);
       const Rows on_gpu(*gpu, pieces), on_cpu(*cpu, pieces);
-      expect_close(
-          values_of(*gpu, step_logits(*gpu, pair.on_gpu, {}, ids_view(ids), on_gpu, &pair.gpu_state)),
-          values_of(*cpu, step_logits(*cpu, pair.on_cpu, {}, ids_view(ids), on_cpu, &pair.cpu_state)),
-          fmt::format("{} layers, vocabulary {}", config.layers.size(), config.vocab));
+      expect_close(values_of(*gpu, step_logits(*gpu, pair.on_gpu, {}, ids_view(ids), on_gpu,
+                                               &pair.gpu_state)),
+                   values_of(*cpu, step_logits(*cpu, pair.on_cpu, {}, ids_view(ids), on_cpu,
+                                               &pair.cpu_state)),
+                   fmt::format("{} layers, vocabulary {}", config.layers.size(), config.vocab));
     }
 }
 

@@ -206,7 +206,7 @@ void load_tables(const Op& op, int64_t channel, int64_t valid, float* table, flo
 // From sums (groups, d, 4 n + 1), per channel and state Re and Im of the gradients of a and K, the
 // loss growing by Re(da grad), and that of D, to the gradients of the parameters of a channel.
 inline void add_parameter_gradients(const S4dScanBackward& op, const float* sums, int64_t groups,
-                             int64_t channel) {
+                                    int64_t channel) {
   const int64_t n = op.A_imag.cols(), size = 4 * n + 1;
   const double delta = delta_of(op.log_dt, channel);
   const W step = hn::Set(wide, delta), two = hn::Set(wide, 2);

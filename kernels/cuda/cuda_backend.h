@@ -92,9 +92,9 @@ class CudaBackend final : public Backend {
     void* there = nullptr;  // the same in the card's memory
   };
   struct {
-    bool ready[2] = {};        // the kernel of f32, of bf16
-    StepBytes layers, copies;  // operands; what blocks copy
-    char* handed = nullptr;    // what blocks hand to each other
+    bool ready[2] = {};                        // the kernel of f32, of bf16
+    StepBytes layers, copies;                  // operands; what blocks copy
+    char* handed = nullptr;                    // what blocks hand to each other
     std::vector<char> copied_for, handed_for;  // StepKey that these are of
     int64_t handed_bytes = 0;
     int generation = 0;  // of the next launch's first words

@@ -83,7 +83,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ids of rows with labels → (2,t): the row of the table, that of the labels; -1 where there is none.
+// ids of rows with labels → (2,t): the row of the table, that of the labels; -1 where there is
+// none.
 __global__ void __launch_bounds__(kThreads)
     split_kernel(const int32_t* ids, int64_t t, int64_t v, int64_t l, int32_t* split) {
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
@@ -269,8 +270,8 @@ void CudaBackend::run(const Embed& op) {
   expect_here("embed", "table", op.table, device());
   expect_here("embed", "y", op.y, device());
   if (t * d == 0) return;
-  const bool wide = d % kWide == 0 && aligned(op.table) && aligned(op.y) &&
-                    (!op.labels || aligned(op.labels));
+  const bool wide =
+      d % kWide == 0 && aligned(op.table) && aligned(op.y) && (!op.labels || aligned(op.labels));
   int lanes = 1;
   while (lanes < 32 && lanes * (wide ? kWide : 1) < d) lanes *= 2;
   const auto blocks = static_cast<unsigned>(div_up(t, kThreads / lanes));

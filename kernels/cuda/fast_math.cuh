@@ -1,4 +1,5 @@
-// Functions by the special unit, a relative error of 2^-22 or so for each of its instructions. The intrinsics
+// Functions by the special unit, a relative error of 2^-22 or so for each of its instructions. The
+// intrinsics
 // __expf and __fdividef take several more to treat denormals, which are 0 here.
 #pragma once
 

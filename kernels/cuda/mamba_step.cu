@@ -113,10 +113,6 @@ void check_operands(const MambaStep& op, const StepShape& shape, Device device) 
   }
 }
 
-// Whole words of 16 bytes: contiguous, at a multiple of 16.
-bool in_words(const View& view) {
-  return !view || (view.contiguous() && reinterpret_cast<uintptr_t>(view.data) % 16 == 0);
-}
 bool in_words(const MambaStep& op) {
   bool all = (!op.ids || op.ids.contiguous()) && (!op.logits || op.logits.contiguous());
   for (const View& view : {op.x, op.table, op.norm_f, op.y, op.head}) all = all && in_words(view);
