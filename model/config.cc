@@ -256,7 +256,7 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   if (const Json* audio = json.find("audio")) parse_audio(*audio, where, config);
   config.condition = json.flag_or("condition", false);
   if (config.condition && (config.objective != Objective::lm || config.audio.rate == 0))
-    json.refuse("condition", "false: only a language model of audio has labels before it",
+    json.refuse("condition", "false: only a language model of audio is given labels",
                 *json.find("condition"));
   const Json* mixers = json.find("mixers");
   const bool own = config.model_type == "coil";

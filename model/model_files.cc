@@ -107,7 +107,8 @@ std::vector<std::string> load_matching(Backend& backend, Model& model, const std
   const SafetensorsReader reader(folder);
   std::vector<std::string> taken;
   for (const Param& param : declare(model)) {
-    const bool head = !param.info.name.starts_with("backbone.");
+    const bool head =  // or an embedding of labels
+        !param.info.name.starts_with("backbone.") || param.tensor == &model.labels;
     const auto name = name_in(reader, param.info.name);
     if (!name || (head && !same_head) || reader.info(*name).shape != param.info.shape) continue;
     std::vector<float> values = read_finite(reader, *name, folder);

@@ -1,5 +1,8 @@
 #include "pipelines/front_end.h"
 
+#include <algorithm>
+#include <limits>
+
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 
@@ -15,6 +18,8 @@ FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
   begin_ = static_cast<int32_t>(config.predicted());
   if (config.condition) labels_ = static_cast<int32_t>(config.labels.size());
   vocab_ = static_cast<int32_t>(config.vocab);
+  check(config.vocab * std::max<int64_t>(1, labels_) <= std::numeric_limits<int32_t>::max(),
+        "{} labels with a vocabulary of {}: expected a product below 2^31", labels_, config.vocab);
   counted_from_ = 0;
   counted_to_ = begin_;
   softmaxes_ = coil::softmaxes(config);

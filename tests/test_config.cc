@@ -114,8 +114,8 @@ TEST(Config, Audio) {
   EXPECT_EQ(refusal(audio + R"({"rate": 8000, "codes": "mulaw"}, "alphabet": "dna"}})"),
             "m/config.json: coil: alphabet and audio: expected one of them");
   EXPECT_EQ(refusal(std::string(kSmall) + R"(, "coil": {"condition": true}})"),
-            "m/config.json: coil.condition: expected false: only a language model of audio has "
-            "labels before it, found true");
+            "m/config.json: coil.condition: expected false: only a language model of audio is "
+            "given labels, found true");
 }
 
 TEST(Config, StagesOfAUNet) {

@@ -71,11 +71,6 @@ inline DType activation(const View& view) {
   return view.dtype == DType::bf16 ? DType::bf16 : DType::f32;
 }
 
-// Whole words of 16 bytes: contiguous, at a multiple of 16.
-inline bool in_words(const View& view) {
-  return !view || (view.contiguous() && reinterpret_cast<uintptr_t>(view.data) % 16 == 0);
-}
-
 // Before a launch whose shared memory, static and dynamic, may be above the 48 KB that need no
 // asking.
 template <class Kernel>

@@ -6,6 +6,11 @@
 
 namespace coil::cuda {
 
+// Whole words of 16 bytes: contiguous, at a multiple of 16.
+inline bool whole_words(const View& view) {
+  return !view || (view.contiguous() && reinterpret_cast<uintptr_t>(view.data) % 16 == 0);
+}
+
 // A counter in shared memory. Its phase ends when as many have arrived as it was made for.
 __device__ inline unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));

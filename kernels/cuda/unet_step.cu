@@ -102,7 +102,7 @@ void check_operands(const UnetStep& op, Device device) {
 // Sizes that the kernel is for: whole tiles, all layers of a stage alike.
 bool offered(const UnetStep& op) {
   if (op.stages.size() > kMostStages) return false;
-  bool fits = op.head.rows() % 8 == 0 && in_words(op.table) && in_words(op.head) &&
+  bool fits = op.head.rows() % 8 == 0 && whole_words(op.table) && whole_words(op.head) &&
               op.logits.contiguous() && op.ids.contiguous();
   size_t layers = 0;
   int64_t outer = 1;  // width of the stage around
@@ -114,7 +114,7 @@ bool offered(const UnetStep& op) {
     outer = d;
     for (const View& view : {stage.norm_f, stage.down, stage.down_bias, stage.up, stage.up_bias,
                              stage.rest, stage.next})
-      fits = fits && in_words(view);
+      fits = fits && whole_words(view);
     for (const UnetStep::Block& block : stage.blocks) {
       const UnetStep::Block& first = stage.blocks[0];
       const int64_t n = block.table.size[2], f = block.mlp_out ? block.mlp_out.cols() : 0;
@@ -123,7 +123,7 @@ bool offered(const UnetStep& op) {
              f <= 8 * kMostWidth;
       for (const View& view : {block.norm, block.table, block.D, block.state, block.output_linear,
                                block.output_bias, block.mlp_norm, block.mlp_in, block.mlp_out})
-        fits = fits && in_words(view);
+        fits = fits && whole_words(view);
     }
   }
   for (const Piece& piece : op.rows->pieces())

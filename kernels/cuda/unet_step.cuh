@@ -145,7 +145,8 @@ struct Sums {
 };
 
 // done(output, sums of its two rows) for all outputs of this warp, in every lane of a row. `ahead`
-// holds the begin of the product, and that of `next` (null: none) afterwards.
+// holds the begin of the product, and that of `next` (null: none), which has the same shape,
+// afterwards.
 template <class T, class F>
 __device__ void multiply(Ahead<T>& ahead, const Walk<T>& walk, const Walk<T>& next, const T* vector,
                          bool halves, int warp, F&& done) {
