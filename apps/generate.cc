@@ -150,8 +150,7 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
     resolved.count = saved.count;
     const auto labels = static_cast<int32_t>(config.condition ? config.labels.size() : 0);
     check(saved.label < labels && (saved.label >= 0) == config.condition,
-          "'{}' is the state of another model: its label is {} of {}", options.load_state,
-          saved.label + 1, labels);
+          "'{}' is the state of another model: config and weights differ", options.load_state);
     resolved.label = saved.label;
     if (values["temperature"].defaulted()) resolved.temperature = saved.temperature;
     if (values["top-p"].defaulted()) resolved.top_p = saved.top_p;

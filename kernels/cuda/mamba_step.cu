@@ -116,13 +116,13 @@ void check_operands(const MambaStep& op, const StepShape& shape, Device device) 
 bool whole_words(const MambaStep& op) {
   bool all = (!op.ids || op.ids.contiguous()) && (!op.logits || op.logits.contiguous());
   for (const View& view : {op.x, op.table, op.norm_f, op.y, op.head})
-    all = all && whole_words(view);
+    all = all && cuda::whole_words(view);
   for (const MambaStep::Layer& layer : op.layers)
     for (const View& view :
          {layer.norm, layer.in_proj, layer.in_proj_bias, layer.conv_weight, layer.conv_bias,
           layer.x_proj, layer.dt_proj, layer.dt_bias, layer.A_log, layer.D, layer.out_proj,
           layer.out_proj_bias, layer.conv_state, layer.ssm_state})
-      all = all && whole_words(view);
+      all = all && cuda::whole_words(view);
   return all;
 }
 
