@@ -148,9 +148,6 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
       fail("--count {}: '{}' holds {}", options.count.value, options.load_state,
            counted(saved.count, "stream"));
     resolved.count = saved.count;
-    const auto labels = static_cast<int32_t>(config.condition ? config.labels.size() : 0);
-    check(saved.label < labels && (saved.label >= 0) == config.condition,
-          "'{}' is the state of another model: config and weights differ", options.load_state);
     resolved.label = saved.label;
     if (values["temperature"].defaulted()) resolved.temperature = saved.temperature;
     if (values["top-p"].defaulted()) resolved.top_p = saved.top_p;

@@ -15,10 +15,6 @@ constexpr int64_t kBlock = 512;  // samples that are asked for, and written, at 
 // The place of a try in the number of a stream: each has random numbers of its own.
 constexpr int kTryBits = 24;
 
-int32_t checked_label(const FrontEnd& front, int32_t label) {
-  front.check_label(label);
-  return label;
-}
 Softmax whole_vocabulary(const Model& model) { return {0, model.config.vocab}; }
 
 }  // namespace
@@ -35,7 +31,6 @@ Generator::Generator(Backend& backend, const Model& model, const GenerateOptions
       front_end_(model.config),
       softmaxes_(softmaxes(model.config)),
       window_(front_end_.step() * std::max<int64_t>(1, model.config.audio.rate / 2)),
-      tables_(step_tables(backend, model, checked_label(front_end_, options.label))),
       state_(backend, model.config,
              static_cast<int32_t>(options.count * (options.guard == Guard::resample ? 2 : 1))),
       pending_(backend, DType::i32, {options.count}),
@@ -223,6 +218,8 @@ void Generator::finish(Block& block, const GenerateHooks& hooks) {
 }
 
 Generated Generator::run(const GenerateHooks& hooks) {
+  front_end_.check_label(options_.label);
+  tables_ = step_tables(backend_, model_, options_.label);
   if (!pending_in_.count) set_pending(std::vector<int32_t>(options_.count, front_end_.begin()));
   end_ = options_.samples > 0 ? position_ + options_.samples * front_end_.step() : -1;
   const auto ended = [&] {

@@ -100,7 +100,7 @@ class Generator {
   FrontEnd front_end_;
   std::vector<Softmax> softmaxes_;
   int64_t window_ = 0;  // codes of half a second
-  StepTables tables_;
+  StepTables tables_;   // from run() on
   // With `resample` a block forks its states, so that it can be drawn anew from where it began:
   // slots 0 … count-1 and count … 2 count-1 take turns.
   State state_;

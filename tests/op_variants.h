@@ -1,6 +1,7 @@
 // What kernels/op_cases.h leaves at its usual setting, as more cases of the same kind: sequences
 // read from their end, a scan with its sum of delta, without gate, convolution without SiLU, S4D
-// without GELU, the last row of a sequence, classes of unequal weight, products with a bias.
+// without GELU, the last row of a sequence, classes of unequal weight, products with a bias, labels
+// beside ids.
 #pragma once
 
 #include <random>

@@ -32,21 +32,6 @@ Config config_of(const Network& network) {
   return config;
 }
 
-// Other values than a new model's where those would hide mistakes (see random_model), but for the
-// matrices, which at these widths would only amplify rounding.
-Model lively_model(Backend& backend, const Config& config, uint64_t seed) {
-  Model model = make_model(backend, config, seed);
-  Philox random(seed, 1, 1);
-  for (const Param& param : declare(model)) {
-    if (param.info.matrix && param.info.init != Init::embedding) continue;
-    const double scale = param.info.init == Init::embedding ? 1 : 0.2;
-    const double mean = param.info.init == Init::dt_bias ? 3 : 0;
-    for (float& value : param.tensor->span<float>())
-      value += static_cast<float>(mean + scale * random.normal());
-  }
-  return model;
-}
-
 class MambaStepTest : public ::testing::TestWithParam<DType> {
  protected:
   void SetUp() override {

@@ -41,25 +41,11 @@ Config config_of(const Network& network) {
   return config;
 }
 
-// Other values than a new model's where those would hide mistakes, but for the matrices, which at
-// these widths would only amplify rounding.
-Model lively_model(Backend& backend, const Config& config, DType matrices) {
+Model model_of(Backend& backend, const Config& config, DType matrices) {
   const auto cpu = make_cpu_backend();
-  Model model = make_model(*cpu, config, 31);
-  Philox random(31, 1, 1);
-  for (const Param& param : declare(model)) {
-    if (param.info.matrix && param.info.init != Init::embedding) continue;
-    const double scale = param.info.init == Init::embedding ? 1 : 0.2;
-    for (float& value : param.tensor->span<float>())
-      value += static_cast<float>(scale * random.normal());
-  }
-  Model result;
-  result.config = config;
-  for (const Param& param : declare(result))
-    allocate(backend, param, param.info.matrix ? matrices : DType::f32);
-  copy_values(backend, model, result);
+  Model model = converted(backend, lively_model(*cpu, config, 31), matrices);
   backend.sync();
-  return result;
+  return model;
 }
 
 class UnetStepTest : public ::testing::TestWithParam<DType> {
@@ -104,7 +90,7 @@ INSTANTIATE_TEST_SUITE_P(Types, UnetStepTest, ::testing::Values(DType::f32, DTyp
 
 TEST_P(UnetStepTest, AgreesWithTheOps) {
   for (const Network& network : kNetworks) {
-    const Model model = lively_model(*backend, config_of(network), GetParam());
+    const Model model = model_of(*backend, config_of(network), GetParam());
     const StepTables tables = step_tables(*backend, model);
     for (const int64_t count : {1, 3, 20}) {
       State by_op(*backend, model.config, static_cast<int32_t>(count)),
@@ -131,7 +117,7 @@ TEST_P(UnetStepTest, AgreesWithTheOps) {
 
 // The state is the ops' own: a prompt read by them goes on step by step.
 TEST_P(UnetStepTest, GoesOnFromAPrompt) {
-  const Model model = lively_model(*backend, config_of(kNetworks[0]), GetParam());
+  const Model model = model_of(*backend, config_of(kNetworks[0]), GetParam());
   const StepTables tables = step_tables(*backend, model);
   std::vector<int32_t> ids = random_ids(60, model.config.vocab, 6);
   const Rows whole = Rows::equal(*backend, 1, 60);
@@ -151,7 +137,7 @@ TEST_P(UnetStepTest, GoesOnFromAPrompt) {
 }
 
 TEST_P(UnetStepTest, TheSameBitsWhateverTheRepeatAndTheBatch) {
-  const Model model = lively_model(*backend, config_of(kNetworks[0]), GetParam());
+  const Model model = model_of(*backend, config_of(kNetworks[0]), GetParam());
   const StepTables tables = step_tables(*backend, model);
   const auto run = [&](int64_t count) {
     State state(*backend, model.config, static_cast<int32_t>(count));
@@ -178,7 +164,7 @@ TEST_P(UnetStepTest, TheSameBitsWhateverTheRepeatAndTheBatch) {
 
 TEST_P(UnetStepTest, DeclinesWhatItIsNotFor) {
   const auto declines = [&](const Config& config, std::vector<Piece> pieces, const char* what) {
-    const Model model = lively_model(*backend, config, GetParam());
+    const Model model = model_of(*backend, config, GetParam());
     const StepTables tables = step_tables(*backend, model);
     State state(*backend, config, 4);
     const Rows at(*backend, std::move(pieces));

@@ -113,16 +113,16 @@ void check_operands(const MambaStep& op, const StepShape& shape, Device device) 
   }
 }
 
-bool whole_words(const MambaStep& op) {
+bool in_words(const MambaStep& op) {
   bool all = (!op.ids || op.ids.contiguous()) && (!op.logits || op.logits.contiguous());
   for (const View& view : {op.x, op.table, op.norm_f, op.y, op.head})
-    all = all && cuda::whole_words(view);
+    all = all && whole_words(view);
   for (const MambaStep::Layer& layer : op.layers)
     for (const View& view :
          {layer.norm, layer.in_proj, layer.in_proj_bias, layer.conv_weight, layer.conv_bias,
           layer.x_proj, layer.dt_proj, layer.dt_bias, layer.A_log, layer.D, layer.out_proj,
           layer.out_proj_bias, layer.conv_state, layer.ssm_state})
-      all = all && cuda::whole_words(view);
+      all = all && whole_words(view);
   return all;
 }
 
@@ -158,7 +158,7 @@ bool CudaBackend::try_run(const MambaStep& op) {
   const std::span<const Piece> pieces = op.rows->pieces();
   check(t == static_cast<int64_t>(pieces.size()), "{}: {} rows in {} pieces, expected one each",
         name, t, pieces.size());
-  if (t == 0 || t > kMostSequences || !offered(shape) || !whole_words(op)) return false;
+  if (t == 0 || t > kMostSequences || !offered(shape) || !in_words(op)) return false;
 
   bool done = false;
   const int layer_count = static_cast<int>(op.layers.size());

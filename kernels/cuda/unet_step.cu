@@ -156,7 +156,6 @@ Unet<T> filled(const UnetStep& op, int team) {
              .f = out ? static_cast<int>(out.cols()) : 0,
              .p = static_cast<int>(from.p)};
     stage.lane_bits = std::countr_zero(static_cast<unsigned>(stage.n / kStatesOf));
-    stage.at_once = kTeamThreads >> stage.lane_bits;
     for (const UnetStep::Block& block : from.blocks)
       unet.layers[layers++] = {.norm = block.norm.as<float>(),
                                .table = block.table.as<float>(),

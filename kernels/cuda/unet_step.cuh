@@ -28,8 +28,7 @@ struct UnetStage {
   const float *down_bias, *up_bias;
   float *rest, *next;
   int first, layers, d, n, f, p;
-  int lane_bits,
-      at_once;  // lanes of a channel, a power of two; channels that a block scans at once
+  int lane_bits;  // 2^lane_bits lanes scan a channel
 };
 // Offsets in bytes of shared memory. Vectors of a layer: norm (d), D (d), bias (2d), mlp_norm (d).
 struct UnetRoom {
@@ -172,8 +171,6 @@ __device__ void multiply(Ahead<T>& ahead, const Walk<T>& walk, const Walk<T>& ne
     done(tile * 8 + threadIdx.x % 32 / 4, sums.both(halves));
   }
 }
-
-__device__ inline float sigmoid(float x) { return fast_reciprocal(1.f + fast_exp(-x)); }
 
 // Sum of squares of eight outputs that stand in lanes 0, 4, …: every lane gets it.
 __device__ inline float squares_of_tile(float x) {

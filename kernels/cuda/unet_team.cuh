@@ -182,7 +182,7 @@ class Team {
       __syncthreads();
       multiply(linear_, pairs(layer.linear, d, d), more ? pairs(after.linear, d, d) : Walk<T>{}, y,
                false, warp_, [&](int i, float2 ab) {
-                 const float sum = x[i] + (ab.x + bias[i]) * sigmoid(ab.y + bias[d + i]);
+                 const float sum = x[i] + (ab.x + bias[i]) * sigmoid_of(ab.y + bias[d + i]);
                  const float square = squares_of_tile(sum);
                  if (threadIdx.x % 4 == 0) {
                    x[i] = sum;
@@ -196,7 +196,7 @@ class Team {
       multiply(in_, pairs(layer.mlp_in, d, f), more ? pairs(after.mlp_in, d, f) : Walk<T>{}, u,
                false, warp_, [&](int i, float2 ab) {
                  if (threadIdx.x % 4 == 0)
-                   gated[i] = from_float<T>(scale * ab.x * sigmoid(scale * ab.y));
+                   gated[i] = from_float<T>(scale * ab.x * sigmoid_of(scale * ab.y));
                });
       __syncthreads();
       multiply(out_, halves(layer.mlp_out, f, d), more ? halves(after.mlp_out, f, d) : Walk<T>{},
@@ -213,7 +213,8 @@ class Team {
   __device__ void scan(const UnetStage<T>& stage, const UnetLayer<T>& layer,
                        const UnetLayer<T>* after, const float* vectors, float* x, T* y,
                        bool fresh) {
-    const int d = stage.d, n = stage.n, lanes = n / kStatesOf, at_once = stage.at_once;
+    const int d = stage.d, n = stage.n, lanes = n / kStatesOf,
+              at_once = kTeamThreads >> stage.lane_bits;
     const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
     const float scale = rstd(x, d);
 #pragma unroll 1
