@@ -24,6 +24,14 @@ HWY_INLINE V load_weights(const uint16_t* from) {  // bf16
   return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(bits, hn::LoadU(half, from))));
 }
 
+// The first `count` of a vector's weights, then zeros.
+HWY_INLINE V load_weights(const float* from, int64_t count) { return load_part(d, from, count); }
+HWY_INLINE V load_weights(const uint16_t* from, int64_t count) {
+  HWY_ALIGN uint16_t part[kLanes] = {};
+  std::copy_n(from, count, part);
+  return load_weights(part);
+}
+
 // Lane q: the sum of sums[q].
 HWY_INLINE V sum_of_each(V* sums) {
 #if HWY_TARGET != HWY_SCALAR
@@ -37,40 +45,44 @@ HWY_INLINE V sum_of_each(V* sums) {
   return sums[0];
 }
 
-// kRows rows of a times kLanes / kRows rows of b, as many sums as a vector has lanes. One row of b
-// after the other: of several at once a core's prefetching follows no stream well, and the later
-// rows' sums go on while one's last addition is waited for.
+// kRows rows of a times kLanes / kRows rows of b, as many sums as a vector has lanes. Four rows of
+// b side by side: a word of a is read once for them, and no sum is waited for. (One after the other
+// a step of two sequences takes twice as long as of one; with four, 1.3 times.)
 template <int kRows, class T>
 HWY_INLINE V row_products(const float* HWY_RESTRICT a, int64_t a_stride, const T* HWY_RESTRICT b,
                           int64_t b_stride, int64_t k) {
-  constexpr int64_t kColumns = kLanes / kRows;
+  constexpr int64_t kColumns = kLanes / kRows, kSide = std::min<int64_t>(kColumns, 4);
   const int64_t whole = k / kLanes * kLanes;
-  HWY_ALIGN float rest_a[kRows * kLanes];  // the rest, padded
-  HWY_ALIGN T rest_b[kLanes];
-  if (whole < k) {
-    std::fill_n(rest_a, kRows * kLanes, 0.f);
-    std::fill_n(rest_b, kLanes, T{});
-    for (int64_t i = 0; i < kRows; ++i)
-      std::copy(a + i * a_stride + whole, a + i * a_stride + k, rest_a + i * kLanes);
-  }
   V sums[kLanes];
 #pragma GCC unroll 16
-  for (int64_t q = 0; q < kColumns; ++q, b += b_stride) {
-    V sum[kRows];
+  for (int64_t q = 0; q < kColumns; q += kSide, b += kSide * b_stride) {
+    V sum[kRows * kSide];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kRows * kSide; ++i) sum[i] = hn::Zero(d);
+    const auto add = [&](int64_t p, auto load_a, auto load_b) HWY_ATTR {
+      V from[kRows];
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kRows; ++i) sum[i] = hn::Zero(d);
-    const auto add = [&](const float* from, int64_t stride, V weights) HWY_ATTR {
+      for (int64_t i = 0; i < kRows; ++i) from[i] = load_a(a + i * a_stride + p);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < kRows; ++i)
-        sum[i] = hn::MulAdd(hn::LoadU(d, from + i * stride), weights, sum[i]);
+      for (int64_t s = 0; s < kSide; ++s) {
+        const V weights = load_b(b + s * b_stride + p);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kRows; ++i)
+          sum[i * kSide + s] = hn::MulAdd(from[i], weights, sum[i * kSide + s]);
+      }
     };
-    for (int64_t p = 0; p < whole; p += kLanes) add(a + p, a_stride, load_weights(b + p));
-    if (whole < k) {
-      std::copy(b + whole, b + k, rest_b);
-      add(rest_a, kLanes, load_weights(rest_b));
-    }
+    for (int64_t p = 0; p < whole; p += kLanes)
+      add(
+          p, [](const float* from) HWY_ATTR { return hn::LoadU(d, from); },
+          [](const T* from) HWY_ATTR { return load_weights(from); });
+    if (whole < k)
+      add(
+          whole, [=](const float* from) HWY_ATTR { return load_part(d, from, k - whole); },
+          [=](const T* from) HWY_ATTR { return load_weights(from, k - whole); });
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < kRows; ++i) sums[i * kColumns + q] = sum[i];
+    for (int64_t i = 0; i < kRows; ++i)
+#pragma GCC unroll 4
+      for (int64_t s = 0; s < kSide; ++s) sums[i * kColumns + q + s] = sum[i * kSide + s];
   }
   return sum_of_each(sums);
 }
