@@ -31,7 +31,7 @@ struct Options {
   CommonOptions common;
   std::string model, out, seconds = "10", prompt, label, guard = "warn", save_state, load_state;
   Size count{1}, top_k{0};
-  double temperature = 1, top_p = 1;
+  double temperature = 1, top_p = 1, guidance = 1;
 };
 
 po::options_description describe(Options& options) {
@@ -53,6 +53,9 @@ po::options_description describe(Options& options) {
       ("top-k", option(options.top_k, "COUNT"), "draw from the likeliest so many; 0: all")  //
       ("top-p", option(options.top_p, "NUMBER"),
        "draw from the likeliest that have this probability together; 1: all")  //
+      ("guidance", option(options.guidance, "NUMBER"),
+       "conditional model: above 1, the label counts for more than the model says; twice the "
+       "work")  //
       ("guard", option(options.guard, "WHAT"),
        "off | warn | stop | resample: at half a second of loud noise, end the stream or draw it "
        "anew")  //
@@ -110,6 +113,8 @@ void check_options(const Options& options) {
   expect(options.temperature >= 0 && options.temperature <= std::numeric_limits<float>::max(),
          "temperature", "0 or more", options.temperature);
   expect(options.top_p > 0 && options.top_p <= 1, "top-p", "more than 0, at most 1", options.top_p);
+  expect(options.guidance >= 0 && options.guidance <= 100, "guidance", "0 to 100",
+         options.guidance);
   if (options.load_state.empty()) return;
   for (const auto& [name, given] : {std::pair{"--prompt", !options.prompt.empty()},
                                     std::pair{"--label", !options.label.empty()}})
@@ -121,9 +126,10 @@ void check_model(const Config& config, const std::string& where) {
   check(config.audio.rate > 0, "{}: is no model of audio, which is what generate writes", where);
 }
 
-int32_t label_of(const Config& config, const std::string& label) {
+int32_t label_of(const Config& config, const std::string& label, double guidance) {
   if (!config.condition) {
     check(label.empty(), "--label '{}': the model takes no label", label);
+    check(guidance == 1, "--guidance {}: the model takes no label", guidance);
     return -1;
   }
   if (label.empty())
@@ -139,9 +145,10 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
                            .temperature = static_cast<float>(options.temperature),
                            .top_p = static_cast<float>(options.top_p),
                            .top_k = options.top_k,
+                           .guidance = static_cast<float>(options.guidance),
                            .seed = options.common.seed};
   if (options.load_state.empty()) {
-    resolved.label = label_of(config, options.label);
+    resolved.label = label_of(config, options.label, options.guidance);
   } else {
     const GenerateOptions saved = Generator::saved_options(options.load_state);
     if (!values["count"].defaulted() && options.count != saved.count)
@@ -149,6 +156,11 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
            counted(saved.count, "stream"));
     resolved.count = saved.count;
     resolved.label = saved.label;
+    if (values["guidance"].defaulted())
+      resolved.guidance = saved.guidance;
+    else if ((resolved.guidance == 1) != (saved.guidance == 1))
+      fail("--guidance {}: '{}' was drawn with {}, and holds states for that", options.guidance,
+           options.load_state, saved.guidance);
     if (values["temperature"].defaulted()) resolved.temperature = saved.temperature;
     if (values["top-p"].defaulted()) resolved.top_p = saved.top_p;
     if (values["top-k"].defaulted()) resolved.top_k = saved.top_k;

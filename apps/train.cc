@@ -118,7 +118,9 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("label-pattern", option(o.label_pattern, "REGEX"),
        "audio: the label is what its first group matches in a file's name")  //
       ("condition", flag(o.condition),
-       "audio: a language model of recordings given their label")                             //
+       "audio: a language model of recordings given their label")  //
+      ("condition-dropout", option(o.condition_dropout, "SHARE"),
+       "examples trained without their label: what generate --guidance needs")                //
       ("rate", size(o.rate, "HZ"), "audio: recordings are resampled to it; 0: that of most")  //
       ("codes", option(o.codes, "NAME"),
        "audio: mulaw (8 bits) | pcm16 (16 bits, two codes a sample)")  //
@@ -239,6 +241,8 @@ int run_train(int argc, char** argv) {
   check(!options.resume || has_checkpoint(options.out) || !options.data.empty(),
         "'{}' holds no run to resume", options.out);
   if (options.data.empty()) throw UsageError("no data to train on");
+  if (!given.values["condition-dropout"].defaulted() && !options.condition)
+    throw UsageError("--condition-dropout is for a conditional model", "--condition");
   if (!options.audio) refuse_recordings(options.data, options.preset);
   std::vector<std::string> read = options.data;
   read.insert(read.end(), {options.validation, options.table, options.labels});

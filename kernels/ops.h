@@ -50,7 +50,8 @@ struct SumRows {
 // Another id is refused on a CPU. On CUDA, where to refuse it would mean to wait for the card, its
 // row is NaN, and backward leaves its gradient out.
 // With labels, y[i] = table[ids[i] mod v] + labels[ids[i] / v], for ids of 0 … l v - 1: every step
-// of a sequence knows what it is labelled.
+// of a sequence knows what it is labelled. Ids of l v … (l+1) v - 1 have no label: table[ids[i] mod
+// v] alone.
 struct Embed {
   View ids, table, y;
   View labels;  // optional (l,d), of table's type
@@ -335,12 +336,19 @@ struct CrossEntropy {
 // the same on every device (kernels/sample.h): the same logits give the same ids everywhere. -inf
 // rules an id out. A row with NaN, or without a finite largest logit, gives id -1 and log_prob NaN.
 // log_probs[i] = log softmax(logits[i])[ids[i]] in nats, of the logits as they came: temperature 1,
-// nothing left out.
+// nothing left out, no guidance.
+// With `unguided`, logits of the same sequences without their label, finite, what is drawn from is
+//   unguided + guidance (logits - unguided)
+// (classifier-free guidance, Ho and Salimans 2022; of a language model Sanchez et al. 2023), and an
+// id is written twice: ids[m + i] = ids[i] + v, for a table that has its v rows with the label and
+// then without.
 struct Sample {
   View logits;     // (m,v) f32, v up to 65,536
-  View ids;        // (m) i32: may be the ids that the next embed reads
+  View unguided;   // optional (m,v)
+  View ids;        // (m) i32, or (2m): may be the ids that the next embed reads
   View streams;    // optional (m) i32: of each row's sequence; left out: row i has stream i
   View log_probs;  // optional (m) f32
+  float guidance = 1;
   float temperature = 1;
   int64_t top_k = 0;
   float top_p = 1;

@@ -101,15 +101,23 @@ COIL_HOST_DEVICE inline float sample_log_prob(float x, float most, uint64_t tota
                             log(static_cast<double>(total) * 0x1p-46));
 }
 
+// The logit that is drawn from; -inf stays what rules an id out.
+COIL_HOST_DEVICE inline float sample_guided(float logit, float unguided, float guidance) {
+  if (sample_key(logit) == 0x007fffffu) return logit;
+  return rounded_sum(unguided, rounded_product(guidance, rounded_sum(logit, -unguided)));
+}
+
 inline void check_operands(const Sample& op, DType logits) {
   const char* const name = "sample";
   expect_rank(name, "logits", op.logits, 2);
   const int64_t m = op.logits.rows(), v = op.logits.cols();
   expect(name, "logits", op.logits, logits, {m, v});
-  expect(name, "ids", op.ids, DType::i32, {m});
+  expect_if(name, "unguided", op.unguided, logits, {m, v});
+  expect(name, "ids", op.ids, DType::i32, {op.unguided ? 2 * m : m});
   expect_if(name, "streams", op.streams, DType::i32, {m});
   expect_if(name, "log_probs", op.log_probs, DType::f32, {m});
   check(v >= 1 && v <= kSampleMost, "{}: {} logits a row, expected 1 to {}", name, v, kSampleMost);
+  check(std::isfinite(op.guidance), "{}: guidance {}, expected a number", name, op.guidance);
   check(op.temperature >= 0 && std::isfinite(op.temperature),
         "{}: temperature {}, expected 0 or more", name, op.temperature);
   check(op.top_k >= 0, "{}: top_k {}, expected 0 or more", name, op.top_k);

@@ -130,10 +130,12 @@ Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
 
 Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state, Softmax read, Softmax drawn) {
-  COIL_ASSERT(!model.config.condition || tables.embedding);
-  const Tensor& embedding = tables.embedding ? tables.embedding : model.embedding;
-  const View table = embedding.view().slice(read.begin, read.count),
-             head = model.output().view().slice(drawn.begin, drawn.count);
+  View table;
+  for (const auto& [rows, embedding] : tables.embeddings)
+    if (rows == read) table = embedding;
+  COIL_ASSERT(!model.config.condition || table);
+  if (!table) table = model.embedding.view().slice(read.begin, read.count);
+  const View head = model.output().view().slice(drawn.begin, drawn.count);
   Tensor logits(backend, DType::f32, {rows.total(), head.rows()});
   const MambaStep ends{.ids = ids, .table = table, .head = head, .logits = logits};
   if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;

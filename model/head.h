@@ -57,6 +57,7 @@ Tensor class_logits(Backend& backend, const Model& model, View hidden, const Row
 // bits and one over the fine ones.
 struct Softmax {
   int64_t begin, count;  // columns
+  bool operator==(const Softmax&) const = default;
 };
 std::vector<Softmax> softmaxes(const Config& config);
 // `targets` less the begin of a softmax where they stand in it, else -1.
@@ -66,7 +67,7 @@ std::vector<int32_t> targets_in(const Softmax& softmax, View targets);
 // of S4D only with their tables (model/step_tables.h). `read`: ids count from its begin on;
 // `drawn`: the logits are over its columns alone. So an id that is drawn from one softmax is read
 // by the next step as it is, wherever it lies. Of a conditional model the label is that of the
-// tables, and ids are without.
+// tables, and ids are without; with guidance ids from read.count on are those without label.
 struct StepTables;
 Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state, Softmax read, Softmax drawn);

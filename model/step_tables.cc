@@ -1,7 +1,6 @@
 #include "model/step_tables.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "kernels/error.h"
 #include "model/unet.h"
@@ -22,22 +21,37 @@ void each_stage(const Backbone& backbone, const State* state, F f) {
   }
 }
 
+// Rows of the model's embedding, each label's after the other; -1: without.
+Tensor embedding_of(Backend& backend, const Model& model, Softmax rows,
+                    std::initializer_list<int32_t> labels) {
+  std::vector<int32_t> ids;
+  for (const int32_t label : labels) {
+    const int64_t row = label < 0 ? model.labels.view().rows() : label;
+    for (int64_t i = 0; i < rows.count; ++i)
+      ids.push_back(static_cast<int32_t>(row * model.config.vocab + rows.begin + i));
+  }
+  const auto count = static_cast<int64_t>(ids.size());
+  Tensor kept;
+  const Tensor sum(backend, DType::f32, {count, model.config.d});
+  backend.run(Embed{.ids = brought(backend, host_view(ids.data(), DType::i32, {count}), kept),
+                    .table = model.embedding,
+                    .y = sum,
+                    .labels = model.labels});
+  Tensor embedding(backend, model.embedding.view().dtype, {count, model.config.d});
+  backend.copy(sum, embedding);
+  return embedding;
+}
+
 }  // namespace
 
-StepTables step_tables(Backend& backend, const Model& model, int32_t label) {
+StepTables step_tables(Backend& backend, const Model& model, int32_t label, bool guided) {
   StepTables tables;
   if (model.config.condition) {
-    const int64_t v = model.config.vocab;
-    std::vector<int32_t> ids(v);
-    std::iota(ids.begin(), ids.end(), static_cast<int32_t>(v) * label);
-    Tensor kept;
-    const Tensor sum(backend, DType::f32, {v, model.config.d});
-    backend.run(Embed{.ids = brought(backend, host_view(ids.data(), DType::i32, {v}), kept),
-                      .table = model.embedding,
-                      .y = sum,
-                      .labels = model.labels});
-    tables.embedding = Tensor(backend, model.embedding.view().dtype, {v, model.config.d});
-    backend.copy(sum, tables.embedding);
+    std::vector<Softmax> all = softmaxes(model.config);
+    all.push_back({0, model.config.vocab});
+    for (const Softmax& rows : all)
+      tables.embeddings.emplace_back(rows, guided ? embedding_of(backend, model, rows, {label, -1})
+                                                  : embedding_of(backend, model, rows, {label}));
   }
   bool all = true;
   each_stage(model.backbone, nullptr, [&](const Backbone& stage, auto...) {

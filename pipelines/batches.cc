@@ -271,7 +271,10 @@ void Batches::add(Batch& batch, const Example& item, Philox& random) const {
                                   (code - dna::kA + 1 + random.below(3)) % 4);  // another base
     }
   }
-  batch.add(codes, item.label, options_.objective, options_.front, context);
+  int32_t label = item.label;
+  if (options_.condition_dropout > 0 && random.uniform() < options_.condition_dropout)
+    label = options_.front.no_label();
+  batch.add(codes, label, options_.objective, options_.front, context);
 }
 
 }  // namespace coil

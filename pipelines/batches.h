@@ -52,6 +52,7 @@ struct BatchOptions {
   int64_t min_length = 0, max_length = 0;  // bases or samples
   bool reverse_complement = true;
   double mutate = 0;
+  double condition_dropout = 0;  // share of examples without their label
   uint64_t seed = 1;
   FrontEnd front = {};
 };

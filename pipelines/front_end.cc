@@ -18,7 +18,7 @@ FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
   begin_ = static_cast<int32_t>(config.predicted());
   if (config.condition) labels_ = static_cast<int32_t>(config.labels.size());
   vocab_ = static_cast<int32_t>(config.vocab);
-  check(config.vocab * std::max<int64_t>(1, labels_) <= std::numeric_limits<int32_t>::max(),
+  check(config.vocab * (int64_t{1} + labels_) <= std::numeric_limits<int32_t>::max(),
         "{} labels with a vocabulary of {}: expected a product below 2^31", labels_, config.vocab);
   counted_from_ = 0;
   counted_to_ = begin_;
@@ -26,7 +26,7 @@ FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
 }
 
 void FrontEnd::check_label(int32_t label) const {
-  if (labels_ > 0 && (label < 0 || label >= labels_))
+  if (labels_ > 0 && (label < 0 || label > labels_))
     throw Error("the model is conditional: every recording needs one of its labels",
                 "--label NAME for all of them, --labels TABLE or --label-pattern REGEX");
 }

@@ -30,11 +30,13 @@ class FrontEnd {
     return code + static_cast<int32_t>(position % step_) * 256;
   }
   // What the network reads for a token (Embed); throws where a label is needed and missing.
+  // no_label(): to a conditional model, that it is to do without.
   int32_t id(int32_t token, int32_t label) const {
     if (labels_ == 0) return token;
     check_label(label);
     return token + vocab_ * label;
   }
+  int32_t no_label() const { return labels_; }
   void check_label(int32_t label) const;
   bool counted(int32_t token) const { return token >= counted_from_ && token < counted_to_; }
 

@@ -31,9 +31,10 @@ Generator::Generator(Backend& backend, const Model& model, const GenerateOptions
       front_end_(model.config),
       softmaxes_(softmaxes(model.config)),
       window_(front_end_.step() * std::max<int64_t>(1, model.config.audio.rate / 2)),
+      rows_(options.count * (options.guidance == 1 ? 1 : 2)),
       state_(backend, model.config,
-             static_cast<int32_t>(options.count * (options.guard == Guard::resample ? 2 : 1))),
-      pending_(backend, DType::i32, {options.count}),
+             static_cast<int32_t>(rows_ * (options.guard == Guard::resample ? 2 : 1))),
+      pending_(backend, DType::i32, {rows_}),
       heard_(options.count),
       tries_(options.count),
       stopped_(options.count),
@@ -41,25 +42,39 @@ Generator::Generator(Backend& backend, const Model& model, const GenerateOptions
       nats_(options.count) {
   COIL_ASSERT(front_end_.audio() && model.config.objective == Objective::lm);
   COIL_ASSERT(options.count >= 1 && options.count < 1 << kTryBits);
+  COIL_ASSERT(!guided() || model.config.condition);
 }
 
-void Generator::set_pending(const std::vector<int32_t>& tokens) {
-  backend_.copy(host_view(const_cast<int32_t*>(tokens.data()), DType::i32, {options_.count}),
-                pending_);
+void Generator::set_pending(std::vector<int32_t> tokens) {
   pending_in_ = whole_vocabulary(model_);
+  for (int64_t i = options_.count; i < rows_; ++i)
+    tokens.push_back(tokens[i - options_.count] + static_cast<int32_t>(pending_in_.count));
+  backend_.copy(host_view(tokens.data(), DType::i32, {rows_}), pending_);
 }
 
 void Generator::read_prompt(Source& prompt, int64_t chunk) {
   COIL_ASSERT(position_ == 0 && chunk >= 1);
   std::vector<int32_t> tokens{front_end_.begin()}, ids;
   int64_t read = 0;
+  if (guided()) chunk = (chunk + 1) / 2;
   const auto advance = [&](int64_t count) {
-    const Rows rows(
-        backend_,
-        {{.length = count, .position = read, .from = read > 0 ? 0 : -1, .to = 0, .last = false}});
+    std::vector<Piece> pieces;
     ids.clear();
-    for (int64_t i = 0; i < count; ++i) ids.push_back(front_end_.id(tokens[i], options_.label));
-    hidden(backend_, model_, host_view(ids.data(), DType::i32, {count}), rows, &state_);
+    for (int64_t first = 0; first < rows_; first += options_.count) {  // slots of a label
+      const auto slot = static_cast<int32_t>(first);
+      pieces.push_back({.begin = static_cast<int64_t>(ids.size()),
+                        .length = count,
+                        .position = read,
+                        .from = read > 0 ? slot : -1,
+                        .to = slot,
+                        .last = false});
+      for (int64_t i = 0; i < count; ++i)
+        ids.push_back(
+            front_end_.id(tokens[i], first == 0 ? options_.label : front_end_.no_label()));
+    }
+    const Rows rows(backend_, std::move(pieces));
+    hidden(backend_, model_, host_view(ids.data(), DType::i32, {static_cast<int64_t>(ids.size())}),
+           rows, &state_);
     tokens.erase(tokens.begin(), tokens.begin() + count);
     read += count;
   };
@@ -69,14 +84,15 @@ void Generator::read_prompt(Source& prompt, int64_t chunk) {
   }
   if (tokens.size() > 1) advance(static_cast<int64_t>(tokens.size()) - 1);
   for (const auto& [name, tensor] : state_.tensors())
-    for (int64_t i = 1; i < options_.count; ++i)
-      backend_.copy(tensor.slice(0, 1), tensor.slice(i, 1));
+    for (int64_t i = 0; i < rows_; ++i)
+      if (i % options_.count > 0)
+        backend_.copy(tensor.slice(i - i % options_.count, 1), tensor.slice(i, 1));
   set_pending(std::vector<int32_t>(options_.count, tokens[0]));
 }
 
 Rows Generator::rows_of_step(int32_t from, int32_t to, int64_t position) const {
-  std::vector<Piece> pieces(options_.count);
-  for (int32_t i = 0; i < static_cast<int32_t>(options_.count); ++i)
+  std::vector<Piece> pieces(rows_);
+  for (int32_t i = 0; i < static_cast<int32_t>(rows_); ++i)
     pieces[i] = {.begin = i,
                  .length = 1,
                  .position = position,
@@ -93,11 +109,11 @@ std::unique_ptr<Generator::Block> Generator::start() {
   const bool whole = options_.guard == Guard::resample;  // may have to be drawn anew
   if (!whole) block->steps = std::min(block->steps, kBlock * front_end_.step());
   if (end_ >= 0) block->steps = std::min(block->steps, end_ - position_);
-  block->ids = Tensor(backend_, DType::i32, {block->steps + 1, options_.count});
+  block->ids = Tensor(backend_, DType::i32, {block->steps + 1, rows_});
   block->log_probs = Tensor(backend_, DType::f32, {block->steps, options_.count});
   block->read = pending_in_;
-  backend_.copy(pending_, block->ids.view().slice(0, 1).reshape({options_.count}));
-  if (whole) to_ = from_ == 0 ? static_cast<int32_t>(options_.count) : 0;
+  backend_.copy(pending_, block->ids.view().slice(0, 1).reshape({rows_}));
+  if (whole) to_ = from_ == 0 ? static_cast<int32_t>(rows_) : 0;
   draw(*block);
   position_ += block->steps;
   return block;
@@ -112,7 +128,7 @@ void Generator::draw(Block& block) {
   const View streams =
       brought(backend_, host_view(numbers.data(), DType::i32, {options_.count}), kept);
   const auto row = [&](const Tensor& tensor, int64_t i) {
-    return tensor.view().slice(i, 1).reshape({options_.count});
+    return tensor.view().slice(i, 1).reshape({tensor.view().cols()});
   };
   const Rows first = rows_of_step(from_, to_, block.begin);
   // Of a position only its place in the coarsest step matters, and whether that is the first.
@@ -130,10 +146,15 @@ void Generator::draw(Block& block) {
     const int64_t code = block.begin + i;
     const Tensor logits = step_logits(backend_, model_, tables_, row(block.ids, i), rows_at(code),
                                       &state_, i == 0 ? block.read : place(code - 1), place(code));
-    backend_.run(Sample{.logits = logits,
+    const auto half = [&](int64_t which) {
+      return logits.view().slice(which * options_.count, options_.count);
+    };
+    backend_.run(Sample{.logits = half(0),
+                        .unguided = guided() ? half(1) : View{},
                         .ids = row(block.ids, i + 1),
                         .streams = streams,
                         .log_probs = row(block.log_probs, i),
+                        .guidance = options_.guidance,
                         .temperature = options_.temperature,
                         .top_k = options_.top_k,
                         .top_p = options_.top_p,
@@ -148,13 +169,13 @@ void Generator::draw(Block& block) {
 
 // Samples of each stream, and what the guard needs to know of them.
 void Generator::listen(Block& block) {
-  const auto* const ids = block.ids_there->wait().as<int32_t>() + options_.count;
+  const auto* const ids = block.ids_there->wait().as<int32_t>() + rows_;
   const auto* const log_probs = block.log_probs_there->wait().as<float>();
   std::vector<uint8_t> codes(block.steps);
   for (int64_t stream = 0; stream < options_.count; ++stream) {
     nats_[stream] = 0;
     for (int64_t i = 0; i < block.steps; ++i) {
-      const int32_t id = ids[i * options_.count + stream];
+      const int32_t id = ids[i * rows_ + stream];
       check(id >= 0, "the model's logits are not finite at sample {}",
             (block.begin + i) / front_end_.step());
       codes[i] = static_cast<uint8_t>(id);
@@ -219,7 +240,7 @@ void Generator::finish(Block& block, const GenerateHooks& hooks) {
 
 Generated Generator::run(const GenerateHooks& hooks) {
   front_end_.check_label(options_.label);
-  tables_ = step_tables(backend_, model_, options_.label);
+  tables_ = step_tables(backend_, model_, options_.label, guided());
   if (!pending_in_.count) set_pending(std::vector<int32_t>(options_.count, front_end_.begin()));
   end_ = options_.samples > 0 ? position_ + options_.samples * front_end_.step() : -1;
   const auto ended = [&] {

@@ -1,7 +1,8 @@
 // Audio drawn from a language model, code by code:
 //   code t ~ p(. | label if the model has one, codes before it),  a softmax over the codes that can
 //   stand at t (mu-law; coarse and fine bytes of 16 bits in turns), by temperature, top_k and
-//   top_p.
+//   top_p. With guidance g the logits are those without label + g times what the label adds
+//   (ops.h: Sample), each stream being read twice, with its label and without.
 //
 // Ids stay on the device: what Sample writes the next step reads, and the host asks for blocks of
 // steps, the next one under way while it looks at the last. The draw of a code is a function of
@@ -37,6 +38,7 @@ struct GenerateOptions {
   int32_t label = -1;   // of a conditional model
   float temperature = 1, top_p = 1;
   int64_t top_k = 0;
+  float guidance = 1;  // of a conditional model; 1: none
   uint64_t seed = 1;
   Guard guard = Guard::warn;
 };
@@ -76,7 +78,7 @@ class Generator {
   struct Block {
     int64_t begin = 0, steps = 0;  // codes
     Softmax read{};                // where the code before them stands
-    Tensor ids, log_probs;         // (steps + 1, count) i32, that code first; (steps, count)
+    Tensor ids, log_probs;         // (steps + 1, rows) i32, that code first; (steps, count)
     std::unique_ptr<Fetch> ids_there, log_probs_there;
   };
   // Of one stream since the last half second ended.
@@ -86,7 +88,8 @@ class Generator {
   };
 
   std::string fingerprint() const;
-  void set_pending(const std::vector<int32_t>& tokens);
+  bool guided() const { return rows_ > options_.count; }
+  void set_pending(std::vector<int32_t> tokens);  // (count)
   Rows rows_of_step(int32_t from, int32_t to, int64_t position) const;
   std::unique_ptr<Block> start();
   void draw(Block& block);
@@ -101,12 +104,15 @@ class Generator {
   std::vector<Softmax> softmaxes_;
   int64_t window_ = 0;  // codes of half a second
   StepTables tables_;   // from run() on
+  // Sequences that the network reads: the streams and, with guidance, behind them once more without
+  // their label, whose ids count from that of the softmax's codes on.
+  int64_t rows_;
   // With `resample` a block forks its states, so that it can be drawn anew from where it began:
-  // slots 0 … count-1 and count … 2 count-1 take turns.
+  // slots 0 … rows-1 and rows … 2 rows-1 take turns.
   State state_;
   int32_t from_ = 0, to_ = 0;       // the first slots read and written by the block under way
   int64_t position_ = 0, end_ = 0;  // of the next code, and behind the last; without end: -1
-  Tensor pending_;                  // (count) i32: the code before the next one,
+  Tensor pending_;                  // (rows) i32: the code before the next one,
   Softmax pending_in_{};            // which counts from the begin of this
   std::vector<Heard> heard_;
   std::vector<int32_t> tries_;  // at the block under way

@@ -10,7 +10,7 @@
 namespace coil {
 namespace {
 
-constexpr const char* kFormat = "coil generate 2";
+constexpr const char* kFormat = "coil generate 3";
 constexpr const char* kPending = "pending";  // (count) i32: tokens that the model has not read yet
 
 template <class T>
@@ -71,7 +71,7 @@ void Generator::save_state(const std::string& path) const {
   std::vector<NamedView> tensors;
   for (size_t i = 0; i < all.size(); ++i)
     tensors.push_back(
-        {all[i].first, on_host(backend_, all[i].second.slice(from_, options_.count), kept[i])});
+        {all[i].first, on_host(backend_, all[i].second.slice(from_, rows_), kept[i])});
   const View ids = on_host(backend_, pending_, kept.back());
   std::vector<int32_t> tokens(ids.as<int32_t>(), ids.as<int32_t>() + options_.count);
   for (int32_t& token : tokens) token += static_cast<int32_t>(pending_in_.begin);
@@ -85,7 +85,8 @@ void Generator::save_state(const std::string& path) const {
                      {"seed", fmt::format("{}", options_.seed)},
                      {"temperature", fmt::format("{}", options_.temperature)},
                      {"top_k", fmt::format("{}", options_.top_k)},
-                     {"top_p", fmt::format("{}", options_.top_p)}});
+                     {"top_p", fmt::format("{}", options_.top_p)},
+                     {"guidance", fmt::format("{}", options_.guidance)}});
 }
 
 GenerateOptions Generator::saved_options(const std::string& path) {
@@ -98,6 +99,7 @@ GenerateOptions Generator::saved_options(const std::string& path) {
           .temperature = number<float>(file, path, "temperature"),
           .top_p = number<float>(file, path, "top_p"),
           .top_k = number<int64_t>(file, path, "top_k"),
+          .guidance = number<float>(file, path, "guidance"),
           .seed = number<uint64_t>(file, path, "seed")};
 }
 
@@ -117,7 +119,7 @@ void Generator::load_state(const std::string& path) {
           "'{}': token {} is not in the model's vocabulary of {}", path, token,
           model_.config.vocab);
   for (const auto& [name, tensor] : state_.tensors()) {
-    const View own = tensor.slice(0, options_.count);
+    const View own = tensor.slice(0, rows_);
     check(file.info(name).shape == std::vector<int64_t>(own.size, own.size + own.rank),
           "'{}': tensor {} has another shape, expected {}", path, name, own.shape());
     std::vector<float> values = file.read_f32(name);

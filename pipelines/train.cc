@@ -91,6 +91,7 @@ void check_ranges(const TrainOptions& o) {
   within("weight-decay", o.weight_decay, 0, kAny);
   within("clip", o.clip, 0, kAny);
   within("mutate", o.mutate, 0, 1);
+  within("condition-dropout", o.condition_dropout, 0, 1);
   within("validation-fraction", o.validation_fraction, 0, 0.5);
   within("max-minutes", o.max_minutes, 0, kAny);
   within("trim", o.trim, 0, 200);
@@ -273,16 +274,17 @@ void Trainer::begin() {
   read_data();
   const Config config = network();
   front_ = FrontEnd(config);
-  batches_ =
-      std::make_unique<Batches>(data_.all, data_.parts.train,
-                                BatchOptions{.objective = options_.objective,
-                                             .batch_tokens = options_.batch_tokens,
-                                             .min_length = options_.min_length,
-                                             .max_length = options_.max_length,
-                                             .reverse_complement = options_.reverse_complement,
-                                             .mutate = options_.mutate,
-                                             .seed = options_.seed,
-                                             .front = front_});
+  batches_ = std::make_unique<Batches>(
+      data_.all, data_.parts.train,
+      BatchOptions{.objective = options_.objective,
+                   .batch_tokens = options_.batch_tokens,
+                   .min_length = options_.min_length,
+                   .max_length = options_.max_length,
+                   .reverse_complement = options_.reverse_complement,
+                   .mutate = options_.mutate,
+                   .condition_dropout = options_.condition ? options_.condition_dropout : 0,
+                   .seed = options_.seed,
+                   .front = front_});
   resolve();
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());

@@ -30,6 +30,7 @@ struct TrainOptions {
   double trim = 0;
   std::string labels, label_pattern;
   bool condition = false;
+  double condition_dropout = 0.1;          // share of examples trained without their label
   int64_t min_length = 0, max_length = 0;  // windows, in bases or samples; 0: whole records
   int64_t d = 128, layers = 4, n = 16;
   std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers, add_stages

@@ -33,9 +33,10 @@ constexpr Preset kPresets[] = {
 };
 // What older checkpoints lack; their defaults are what those runs had.
 constexpr std::string_view kLater[] = {
-    "precision", "audio",         "rate",      "codes",  "trim",
-    "labels",    "label_pattern", "condition", "mixers", "s4d_states",
-    "s4d_init",  "topology",      "pool",      "widths", "mlp"};
+    "precision", "audio",      "rate",          "codes",
+    "trim",      "labels",     "label_pattern", "condition",
+    "mixers",    "s4d_states", "s4d_init",      "topology",
+    "pool",      "widths",     "mlp",           "condition_dropout"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -56,6 +57,7 @@ void visit(Options& o, F f) {
   f("labels", o.labels, false);
   f("label_pattern", o.label_pattern, false);
   f("condition", o.condition, true);
+  f("condition_dropout", o.condition_dropout, true);
   f("min_length", o.min_length, true);
   f("max_length", o.max_length, true);
   f("d", o.d, true);
@@ -132,7 +134,7 @@ Config network_of(const TrainOptions& options) {
   config.d = options.d;
   config.e = 2 * options.d;
   config.n = options.n;
-  config.dt_rank = (options.d + 15) / 16;
+  config.dt_rank = (options.d + 127) / 128 * 8;  // d / 16, in whole words of memory
   config.s4d_states = options.s4d_states;
   config.s4d_init = parse_s4d_init(options.s4d_init);
   config.mlp = options.mlp >= 0 ? options.mlp : unet ? 2 : 0;
@@ -160,6 +162,7 @@ std::string to_json(const TrainOptions& options) {
 TrainOptions parse_train_options(const std::string& text) {
   TrainOptions options;
   options.mlp = 0;
+  options.condition_dropout = 0;
   try {
     const json in = json::parse(text);
     visit(options, [&](const char* key, auto& value, bool) {

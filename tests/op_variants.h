@@ -100,7 +100,7 @@ class OpVariants {
     const int64_t d = shape_.d, v = shape_.v, l = 3;
     const View ids = zeros(DType::i32, {t_});
     std::vector<int32_t> host(t_);
-    for (int64_t i = 0; i < t_; ++i) host[i] = static_cast<int32_t>(i * 7 % (l * v));
+    for (int64_t i = 0; i < t_; ++i) host[i] = static_cast<int32_t>(i * 7 % ((l + 1) * v));
     backend_.copy(host_view(host.data(), DType::i32, {t_}), ids);
     backend_.sync();
     const View table = activations({v, d}), labels = activations({l, d});

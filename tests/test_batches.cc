@@ -91,6 +91,41 @@ TEST(Batches, AnEpochSeesEveryRecordOnceAndPacksThem) {
   for (const auto& [ids, count] : seen) EXPECT_EQ(count, 2);
 }
 
+// A share of examples goes without its label; what is drawn of them is the same.
+TEST(Batches, LabelsAreDropped) {
+  Examples all = many(400, 30);
+  Config config;
+  config.audio.rate = 8000;
+  config.condition = true;
+  config.labels = {"a", "b", "c"};
+  config.vocab = audio_vocabulary(config);
+  for (Example& item : all.items) item.label = static_cast<int32_t>(item.record % 3);
+  BatchOptions options{.objective = Objective::lm,
+                       .batch_tokens = 12'000,
+                       .reverse_complement = false,
+                       .front = FrontEnd(config)};
+  const auto labels_of = [&](double dropout, std::vector<int32_t>& tokens) {
+    options.condition_dropout = dropout;
+    const Batch batch = Batches(all, all.items, options).draw(1);
+    std::vector<int64_t> counts(4);
+    for (const Piece& piece : batch.pieces) {
+      const auto label = batch.ids[piece.begin] / config.vocab;
+      ++counts.at(label);
+      for (int64_t i = 0; i < piece.length; ++i) {
+        EXPECT_EQ(batch.ids[piece.begin + i] / config.vocab, label);
+        tokens.push_back(static_cast<int32_t>(batch.ids[piece.begin + i] % config.vocab));
+      }
+    }
+    return counts;
+  };
+  std::vector<int32_t> all_there, some, none;
+  EXPECT_EQ(labels_of(0, all_there)[3], 0);
+  EXPECT_NEAR(static_cast<double>(labels_of(0.25, some)[3]), 100, 30);
+  EXPECT_EQ(labels_of(1, none)[3], 400);
+  EXPECT_EQ(some, all_there);
+  EXPECT_EQ(none, all_there);
+}
+
 TEST(Batches, TheSameFromTheSameCursor) {
   const Examples all = many(50, 30);
   for (const int64_t window : {0, 20}) {

@@ -46,10 +46,12 @@ Config audio_config(SampleCodes codes, const char* mixers = "mamba1", int64_t ra
 Model lively_model(Backend& backend, Config config, uint64_t seed = 3) {
   config.tie = false;
   Model model = make_model(backend, config, seed);
-  for (const auto& [tensor, scale] : {std::pair(&model.embedding, 30.f), {&model.lm_head, 4.f}}) {
+  for (const auto& [tensor, scale] :
+       {std::pair(&model.embedding, 30.f), {&model.lm_head, 4.f}, {&model.labels, 30.f}}) {
+    if (!*tensor) continue;
     std::vector<float> values = values_of(backend, *tensor);
     for (float& value : values) value *= scale;
-    backend.copy(host_view(values.data(), DType::f32, {config.vocab, config.d}), *tensor);
+    backend.copy(host_view(values.data(), DType::f32, {tensor->view().rows(), config.d}), *tensor);
     backend.sync();
   }
   return model;
@@ -264,6 +266,117 @@ TEST(Generate, LabelsAreHeardAtEveryStep) {
               b = draw(*backend, model, {.samples = 50, .label = 1});
   EXPECT_NE(a.streams, b.streams);
   EXPECT_THROW(draw(*backend, model, {.samples = 50}), Error);
+}
+
+// Logits of every code of a recording, read at once with a label or without (front_end.no_label()).
+std::vector<float> logits_along(Backend& backend, const Model& model,
+                                std::span<const float> samples, int32_t label) {
+  std::vector<uint8_t> codes;
+  audio::encode(samples, model.config.audio.codes, codes);
+  std::vector<int32_t> ids, targets;
+  FrontEnd(model.config).append(codes, 0, label, ids, targets);
+  const auto t = static_cast<int64_t>(ids.size());
+  const Rows rows = Rows::equal(backend, 1, t);
+  const Tensor h = hidden(backend, model, host_view(ids.data(), DType::i32, {t}), rows, nullptr);
+  return values_of(backend, lm_logits(backend, model, h));
+}
+
+// The likeliest by unguided + g (guided - unguided), of both as they are read in one piece.
+TEST(Generate, GuidanceWeighsWhatTheLabelAdds) {
+  COIL_NEEDS_TEST_DEVICE();
+  const auto backend = make_own_backend();
+  for (const SampleCodes codes : {SampleCodes::mulaw, SampleCodes::pcm16})
+    for (const char* mixers : {"mamba1", "s4d/s4d"}) {
+      Config config = audio_config(codes, mixers);
+      config.condition = true;
+      config.labels = {"a", "b"};
+      const Model model = lively_model(*backend, config);
+      const float g = 2.5f;
+      const GenerateOptions options{
+          .count = 2, .samples = 120, .label = 1, .temperature = 0, .guidance = g};
+      const Drawn drawn = draw(*backend, model, options);
+      const std::vector<float>& samples = drawn.streams[1];
+      EXPECT_EQ(drawn.streams[0], samples);
+      const std::vector<float> with = logits_along(*backend, model, samples, 1),
+                               without = logits_along(*backend, model, samples, 2);
+      std::vector<uint8_t> drawn_codes;
+      audio::encode(samples, codes, drawn_codes);
+      const std::vector<Softmax> parts = softmaxes(config);
+      int told_apart = 0;  // steps at which guidance changes what is likeliest
+      for (size_t i = 0; i < drawn_codes.size(); ++i) {
+        const Softmax& part = parts[i % parts.size()];
+        const auto likeliest = [&](float guidance, float* margin) {
+          std::vector<std::pair<float, int64_t>> order;
+          for (int64_t c = 0; c < part.count; ++c) {
+            const size_t at = i * config.predicted() + part.begin + c;
+            order.emplace_back(without[at] + guidance * (with[at] - without[at]), c);
+          }
+          std::ranges::sort(order, std::greater());
+          *margin = order[0].first - order[1].first;
+          return order[0].second;
+        };
+        float margin = 0, plain = 0;
+        const int64_t code = likeliest(g, &margin);
+        if (margin < 1e-3) continue;
+        ASSERT_EQ(drawn_codes[i], code) << i << ' ' << mixers;
+        told_apart += likeliest(1, &plain) != code;
+      }
+      EXPECT_GT(told_apart, 5) << mixers;
+      // The likelihood is of the model as it is.
+      double nats = 0;
+      FrontEnd front_end(config);
+      std::vector<int32_t> ids, targets;
+      front_end.append(drawn_codes, 0, 1, ids, targets);
+      const auto t = static_cast<int64_t>(ids.size());
+      const Rows rows = Rows::equal(*backend, 1, t);
+      const Tensor h =
+          hidden(*backend, model, host_view(ids.data(), DType::i32, {t}), rows, nullptr);
+      for (const float loss : front_end.losses(*backend, model, h, targets)) nats += 2 * loss;
+      EXPECT_NEAR(drawn.made.nats / nats, 1, 1e-5);
+      // On from a prompt.
+      GenerateOptions rest = options;
+      rest.samples = 70;
+      Generator generator(*backend, model, rest);
+      Codes prompt({samples.data(), 50}, codes, 33);
+      generator.read_prompt(prompt, 20);
+      const Drawn gone_on = draw(generator, 2);
+      for (const std::vector<float>& stream : gone_on.streams)
+        EXPECT_TRUE(std::equal(samples.begin() + 50, samples.end(), stream.begin())) << mixers;
+    }
+}
+
+// At 0 it is the model without a label.
+TEST(Generate, GuidanceGoesOnFromAState) {
+  COIL_NEEDS_TEST_DEVICE();
+  const auto backend = make_own_backend();
+  Config config = audio_config(SampleCodes::mulaw, "mamba1", 8000);
+  config.condition = true;
+  config.labels = {"a", "b"};
+  const Model model = lively_model(*backend, config);
+  const int32_t none = FrontEnd(config).no_label();
+  const Drawn without = draw(*backend, model, {.samples = 60, .label = none}),
+              zero = draw(*backend, model, {.samples = 60, .label = 0, .guidance = 0});
+  EXPECT_EQ(without.streams, zero.streams);
+  const GenerateOptions options{.count = 2, .samples = 500, .label = 0, .guidance = 1.7f};
+  const Drawn whole = draw(*backend, model, options);
+  std::string pattern = (std::filesystem::temp_directory_path() / "coil-test-XXXXXX").string();
+  const std::string folder = ::mkdtemp(pattern.data()), path = folder + "/state";
+  GenerateOptions part = options;
+  part.samples = 230;
+  part.guard = Guard::resample;
+  Generator first(*backend, model, part);
+  Drawn parts = draw(first, 2);
+  first.save_state(path);
+  part = Generator::saved_options(path);
+  EXPECT_EQ(part.guidance, 1.7f);
+  part.samples = 270;
+  Generator second(*backend, model, part);
+  second.load_state(path);
+  const Drawn rest = draw(second, 2);
+  for (int i = 0; i < 2; ++i)
+    parts.streams[i].insert(parts.streams[i].end(), rest.streams[i].begin(), rest.streams[i].end());
+  EXPECT_EQ(parts.streams, whole.streams);
+  std::filesystem::remove_all(folder);
 }
 
 TEST(Generate, EndsWhenNobodyWantsMore) {

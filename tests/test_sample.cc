@@ -257,6 +257,55 @@ TEST_F(SampleTest, IdsFeedTheNextStep) {
     for (int64_t j = 0; j < d; ++j) EXPECT_EQ(found[i * d + j], table.at(expected[i], j));
 }
 
+// Guided, an id is drawn as from the logits that guidance makes, its likelihood as it is without;
+// it is written twice.
+TEST_F(SampleTest, GuidanceIsADistributionBetweenTwo) {
+  for (const auto& [m, v] : {std::pair{60, 16}, {200, 256}, {5, 3000}, {2, 9000}}) {
+    Field with = normal(m, v), without = normal(m, v), guided(m, v, false);
+    for (int i = 0; i < m; ++i) with.at(i, i % v) = -kInfinity;  // stays ruled out
+    with.at(m - 1, v / 2) = kNan;
+    for (const float g : {0.f, 1.5f, -1.f}) {
+      for (int i = 0; i < m; ++i)
+        for (int j = 0; j < v; ++j) {
+          const float from = without.at(i, j);
+          guided.at(i, j) = from + g * (with.at(i, j) - from);
+          if (j == i % v && i < m - 1) guided.at(i, j) = -kInfinity;
+        }
+      for (const Options& o : kOptions) {
+        const Tensor wide(*backend, DType::f32, {m, v + 3}),
+            other(*backend, DType::f32, {m, v + 1});
+        const Tensor ids(*backend, DType::i32, {2 * m}), log_probs(*backend, DType::f32, {m});
+        const View here = wide.view().columns(3, v), there = other.view().columns(0, v);
+        backend->copy(with, here);
+        backend->copy(without, there);
+        backend->run(Sample{.logits = here,
+                            .unguided = there,
+                            .ids = ids,
+                            .log_probs = log_probs,
+                            .guidance = g,
+                            .temperature = o.temperature,
+                            .top_k = o.top_k,
+                            .top_p = o.top_p,
+                            .seed = 3,
+                            .step = 7});
+        std::vector<int32_t> found(2 * m);
+        backend->copy(ids, host_view(found.data(), DType::i32, {2 * m}));
+        backend->sync();
+        const std::vector<float> log_p = values_of(*backend, log_probs);
+        const Drawn expected = draw(*cpu, guided, o);
+        for (int i = 0; i < m; ++i) {
+          ASSERT_EQ(found[i], expected.ids[i]) << i << " of " << v << ' ' << g;
+          ASSERT_EQ(found[m + i], i == m - 1 ? -1 : found[i] + v);
+          if (i < m - 1)
+            ASSERT_NEAR(log_p[i], -reference::cross_entropy(with.values(i), found[i], 1), 2e-5);
+          else
+            ASSERT_TRUE(std::isnan(log_p[i]));
+        }
+      }
+    }
+  }
+}
+
 TEST_F(SampleTest, RefusesWhatIsOutOfRange) {
   const Tensor logits(*backend, DType::f32, {2, 9}), ids(*backend, DType::i32, {2});
   const auto message = [&](const Options& o, const View& to) {

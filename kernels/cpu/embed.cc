@@ -1,4 +1,5 @@
-// Embedding: y[i] = table[ids[i]]; backward: dtable[ids[i]] += dy[i].
+// Embedding: y[i] = table[ids[i]]; backward: dtable[ids[i]] += dy[i]. With labels (ops.h) backward
+// is that of two tables, the second with a row for those that have none.
 //
 // Backward splits the columns over the threads, so that no two of them meet in a row of dtable and
 // the order of additions does not depend on their number. A vocabulary of DNA is 16 rows, each hit
@@ -76,7 +77,7 @@ void CpuBackend::run(const Embed& op) {
   expect("embed", "table", op.table, type, {v, d});
   expect("embed", "y", op.y, DType::f32, {t, d});
   if (op.labels) expect("embed", "labels", op.labels, type, {op.labels.rows(), d});
-  check_ids("embed", op.ids, v * (op.labels ? op.labels.rows() : 1));
+  check_ids("embed", op.ids, v * (op.labels ? op.labels.rows() + 1 : 1));
   const int32_t* ids = op.ids.as<int32_t>();
   const auto value = [&](const View& table, int64_t row, int64_t j) {
     if (type == DType::f32) return table.row<float>(row)[j];
@@ -93,7 +94,7 @@ void CpuBackend::run(const Embed& op) {
       std::memcpy(y, op.table.row<float>(row), d * sizeof(float));
     else
       for (int64_t j = 0; j < d; ++j) y[j] = value(op.table, row, j);
-    if (op.labels)
+    if (op.labels && ids[i] / v < op.labels.rows())
       for (int64_t j = 0; j < d; ++j) y[j] += value(op.labels, ids[i] / v, j);
   }
 }
@@ -106,7 +107,8 @@ void CpuBackend::run(const EmbedBackward& op) {
   expect("embed backward", "dy", op.dy, DType::f32, {t, d});
   expect("embed backward", "dtable", op.dtable, DType::f32, {v, d});
   if (op.dlabels) {
-    check_ids("embed backward", op.ids, v * op.dlabels.rows());
+    const int64_t l = op.dlabels.rows();
+    check_ids("embed backward", op.ids, v * (l + 1));
     std::vector<int32_t> rows(t), labels(t);
     for (int64_t i = 0; i < t; ++i) {
       const auto id = op.ids.as<int32_t>()[i], count = static_cast<int32_t>(v);
@@ -115,8 +117,12 @@ void CpuBackend::run(const EmbedBackward& op) {
     }
     run(EmbedBackward{
         .ids = host_view(rows.data(), DType::i32, {t}), .dy = op.dy, .dtable = op.dtable});
+    const Tensor sums(*this, DType::f32, {l + 1, d});
+    fill(sums, 0);
     run(EmbedBackward{
-        .ids = host_view(labels.data(), DType::i32, {t}), .dy = op.dy, .dtable = op.dlabels});
+        .ids = host_view(labels.data(), DType::i32, {t}), .dy = op.dy, .dtable = sums});
+    for (int64_t i = 0; i < l; ++i)
+      for (int64_t j = 0; j < d; ++j) op.dlabels.row<float>(i)[j] += sums.view().row<float>(i)[j];
     return;
   }
   check_ids("embed backward", op.ids, v);

@@ -64,27 +64,32 @@ void keep_part(Row& row, float top_p) {
 void sample_row(const Sample& op, int64_t index, Row& row) {
   const int64_t v = op.logits.cols();
   const float* const logits = op.logits.row<float>(index);
+  const float* const unguided = op.unguided ? op.unguided.row<float>(index) : nullptr;
+  const auto drawn_from = [&](int64_t i) {
+    return unguided ? sample_guided(logits[i], unguided[i], op.guidance) : logits[i];
+  };
   int32_t& id = op.ids.as<int32_t>()[index];
+  int32_t& again = op.ids.as<int32_t>()[unguided ? op.logits.rows() + index : index];
   float* const log_prob = op.log_probs ? op.log_probs.as<float>() + index : nullptr;
   row.keys.resize(v);
   row.weights.resize(v);
   uint32_t largest = 0;
   for (int64_t i = 0; i < v; ++i) {
-    row.keys[i] = sample_key(logits[i]);
+    row.keys[i] = sample_key(drawn_from(i));
     largest = std::max(largest, row.keys[i]);
   }
   if (!sample_finite(largest)) {
-    id = -1;
+    id = again = -1;
     if (log_prob) *log_prob = std::numeric_limits<float>::quiet_NaN();
     return;
   }
-  const float most = sample_logit(largest);
+  float most = sample_logit(largest);
   if (op.temperature == 0) {
     id = 0;
     while (row.keys[id] != largest) ++id;
   } else {
     const float scale = sample_scale(op.temperature);
-    for (int64_t i = 0; i < v; ++i) row.weights[i] = sample_weight(logits[i], most, scale);
+    for (int64_t i = 0; i < v; ++i) row.weights[i] = sample_weight(drawn_from(i), most, scale);
     if (op.top_k > 0 && op.top_k < v) keep_largest(row, op.top_k);
     if (op.top_p < 1) keep_part(row, op.top_p);
     const uint32_t stream = static_cast<uint32_t>(op.streams ? op.streams.as<int32_t>()[index]
@@ -93,7 +98,9 @@ void sample_row(const Sample& op, int64_t index, Row& row) {
     id = 0;
     while (place >= row.weights[id]) place -= row.weights[id++];
   }
+  if (unguided) again = id + static_cast<int32_t>(v);
   if (!log_prob) return;
+  if (unguided) most = *std::max_element(logits, logits + v);
   uint64_t total = 0;
   for (int64_t i = 0; i < v; ++i) total += sample_weight(logits[i], most, kSampleLog2OfE);
   *log_prob = sample_log_prob(logits[id], most, total);

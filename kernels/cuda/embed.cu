@@ -53,7 +53,7 @@ __device__ void add_word(const T* from, float (&sum)[kWidth]) {
   }
 }
 
-// `lanes` threads a row. labels: null without any, else (l,d).
+// `lanes` threads a row. labels: null without any, else (l,d); ids below v * (l + 1), or v.
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     embed_kernel(const int32_t* ids, const T* table, int64_t table_stride, float* y,
@@ -64,13 +64,13 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t id = ids[row];
   float* const to = y + row * y_stride;
   const int64_t first = static_cast<int64_t>(threadIdx.x % lanes) * kWidth, step = lanes * kWidth;
-  if (id < 0 || id >= v * l) {
+  if (id < 0 || id >= v * (l + 1)) {
     for (int64_t i = first; i < d; i += step)
       for (int k = 0; k < kWidth; ++k) to[i + k] = NAN;
     return;
   }
   const T* const from = table + (labels ? id % v : id) * table_stride;
-  const T* const label = labels ? labels + id / v * labels_stride : nullptr;
+  const T* const label = id / v < l ? labels + id / v * labels_stride : nullptr;
 #pragma unroll 2
   for (int64_t i = first; i < d; i += step) {
     float sum[kWidth] = {};
@@ -90,9 +90,9 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t i = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (i >= t) return;
   const int64_t id = ids[i];
-  const bool there = id >= 0 && id < v * l;
+  const bool there = id >= 0 && id < v * (l + 1);
   split[i] = there ? static_cast<int32_t>(id % v) : -1;
-  split[t + i] = there ? static_cast<int32_t>(id / v) : -1;
+  split[t + i] = there && id < v * l ? static_cast<int32_t>(id / v) : -1;
 }
 
 // partial (shares, v, d): the sums of the rows of each share. A thread is a column.
@@ -281,7 +281,7 @@ void CudaBackend::run(const Embed& op) {
       embed_kernel<T, width()><<<blocks, kThreads, 0, stream_>>>(
           op.ids.as<int32_t>(), op.table.as<T>(), op.table.stride[0], op.y.as<float>(),
           op.y.stride[0], t, v, d, lanes, op.labels.as<T>(), op.labels.stride[0],
-          op.labels ? op.labels.rows() : 1);
+          op.labels ? op.labels.rows() : 0);
     };
     if (wide)
       run(std::integral_constant<int, kWide>{});

@@ -25,13 +25,14 @@ constexpr int kHeld = 8;  // logits of a thread, where a block holds the row
 
 template <class T>
 struct Operands {
-  const T* logits;         // (m,v)
-  const int32_t* streams;  // (m); null: the row's number
-  int32_t* ids;            // (m)
-  float* log_probs;        // (m); null: not asked for
-  int64_t stride;          // of logits
-  int v, top_k;            // 0: all
-  float scale, top_p;      // scale 0: temperature 0
+  const T *logits, *unguided;  // (m,v); unguided null: none
+  const int32_t* streams;      // (m); null: the row's number
+  int32_t* ids;                // (m), with unguided (2m)
+  float* log_probs;            // (m); null: not asked for
+  int64_t stride, unguided_stride;
+  int v, top_k;  // 0: all
+  float guidance;
+  float scale, top_p;  // scale 0: temperature 0
   uint64_t seed, step;
 };
 
@@ -56,22 +57,30 @@ __device__ uint64_t sum_of_warp(uint64_t x) {
 // A row, spread over the block: warp w has ids 32 * steps * w and on, a lane every 32nd of them.
 template <class T, bool kHolds>
 struct Row {
-  const T* logits;
+  const T *logits, *unguided;
   Shared& shared;
   int v, first;
-  float most, scale;
+  float guidance, most, scale;
   Word held[kHolds ? kHeld : 1];
 
   __device__ Row(const Operands<T>& op, Shared& shared)
       : logits(op.logits + blockIdx.x * op.stride),
+        unguided(op.unguided ? op.unguided + blockIdx.x * op.unguided_stride : nullptr),
         shared(shared),
         v(op.v),
         first(static_cast<int>(threadIdx.x / 32 * 32) * steps() +
               static_cast<int>(threadIdx.x % 32)),
+        guidance(op.guidance),
         scale(op.scale) {}
 
   __device__ int steps() const { return kHolds ? kHeld : (v + kMostThreads - 1) / kMostThreads; }
-  __device__ uint32_t key(int id) const { return id < v ? sample_key(to_float(logits[id])) : 0; }
+  __device__ uint32_t plain_key(int id) const {
+    return id < v ? sample_key(to_float(logits[id])) : 0;
+  }
+  __device__ uint32_t key(int id) const {
+    if (!unguided || id >= v) return plain_key(id);
+    return sample_key(sample_guided(to_float(logits[id]), to_float(unguided[id]), guidance));
+  }
   __device__ uint64_t weight(uint32_t key) const {
     return key == 0 ? 0 : sample_weight(sample_logit(key), most, scale);
   }
@@ -99,7 +108,16 @@ struct Row {
       if constexpr (kHolds) held[h] = {first + 32 * h, own, 0};
       largest = max(largest, own);
     }
+    return largest_of_block(largest);
+  }
+  __device__ uint32_t largest_plain() const {
+    uint32_t largest = 0;
+    each([&](const Word& word) { largest = max(largest, plain_key(word.id)); });
+    return largest_of_block(largest);
+  }
+  __device__ uint32_t largest_of_block(uint32_t largest) const {
     largest = __reduce_max_sync(~0u, largest);
+    __syncthreads();  // until the last sums have been read
     if (threadIdx.x % 32 == 0) shared.sums[threadIdx.x / 32] = largest;
     __syncthreads();
     for (unsigned w = 0; w < blockDim.x / 32; ++w)
@@ -183,6 +201,7 @@ __global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> 
   const bool writes = threadIdx.x == 0;
   if (!sample_finite(largest)) {
     if (writes) op.ids[blockIdx.x] = -1;
+    if (writes && op.unguided) op.ids[gridDim.x + blockIdx.x] = -1;
     if (writes && op.log_probs) op.log_probs[blockIdx.x] = NAN;
     return;
   }
@@ -215,11 +234,14 @@ __global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> 
     id = row.find(weight, sample_place(op.seed, stream, op.step, total));
   }
   if (writes) op.ids[blockIdx.x] = id;
+  if (writes && op.unguided) op.ids[gridDim.x + blockIdx.x] = id + op.v;
   if (!op.log_probs) return;
+  const float most = op.unguided ? sample_logit(row.largest_plain()) : row.most;
   const uint64_t total = row.sum([&](const Word& word) -> uint64_t {
-    return word.key == 0 ? 0 : sample_weight(sample_logit(word.key), row.most, kSampleLog2OfE);
+    const uint32_t key = op.unguided ? row.plain_key(word.id) : word.key;
+    return key == 0 ? 0 : sample_weight(sample_logit(key), most, kSampleLog2OfE);
   });
-  if (writes) op.log_probs[blockIdx.x] = sample_log_prob(to_float(row.logits[id]), row.most, total);
+  if (writes) op.log_probs[blockIdx.x] = sample_log_prob(to_float(row.logits[id]), most, total);
 }
 
 }  // namespace
@@ -228,6 +250,7 @@ void CudaBackend::run(const Sample& op) {
   const char* const name = "sample";
   check_operands(op, activation(op.logits));
   for (const auto& [operand, view] : {std::pair{"logits", op.logits},
+                                      {"unguided", op.unguided},
                                       {"ids", op.ids},
                                       {"streams", op.streams},
                                       {"log_probs", op.log_probs}})
@@ -240,12 +263,15 @@ void CudaBackend::run(const Sample& op) {
   with_type(name, op.logits, [&](auto type) {
     using T = decltype(type);
     const Operands<T> operands{.logits = op.logits.as<T>(),
+                               .unguided = op.unguided.as<T>(),
                                .streams = op.streams.as<int32_t>(),
                                .ids = op.ids.as<int32_t>(),
                                .log_probs = op.log_probs.as<float>(),
                                .stride = op.logits.stride[0],
+                               .unguided_stride = op.unguided.stride[0],
                                .v = static_cast<int>(v),
                                .top_k = op.top_k < v ? static_cast<int>(op.top_k) : 0,
+                               .guidance = op.guidance,
                                .scale = op.temperature > 0 ? sample_scale(op.temperature) : 0,
                                .top_p = op.top_p,
                                .seed = op.seed,
