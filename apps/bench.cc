@@ -44,11 +44,11 @@ po::options_description describe(BenchOptions& options) {
       ("preset", po::value(&options.preset)->value_name("NAME"),
        "network and vocabulary of a preset of coil train")  //
       ("d", option(options.d, "SIZE"),
-       "width; inner width twice that, 16 states, dt rank a sixteenth")   //
-      ("layers", option(options.layers, "COUNT"), "layers of the model")  //
-      ("vocab", option(options.vocab, "SIZE"), "size of the vocabulary")  //
-      ("length", option(options.length, "SIZE"), "steps of a sequence")   //
-      ("batch", option(options.batch, "COUNT"), "sequences at once")      //
+       "width; inner width twice that, 16 states, dt rank a sixteenth in eights")  //
+      ("layers", option(options.layers, "COUNT"), "layers of the model")           //
+      ("vocab", option(options.vocab, "SIZE"), "size of the vocabulary")           //
+      ("length", option(options.length, "SIZE"), "steps of a sequence")            //
+      ("batch", option(options.batch, "COUNT"), "sequences at once")               //
       ("chunk", option(options.chunk, "SIZE"),
        "steps of all sequences in one pass of prefill; 0: as classify does")  //
       ("seconds", option(options.seconds, "NUMBER"),
@@ -123,7 +123,7 @@ void bench_ops(Backend& backend, const BenchOptions& options, Output& out) {
   const Speed limits = measure_limits(backend, bytes, matrices, seconds);
   const OpShape shape{.d = options.d,
                       .e = 2 * options.d,
-                      .r = std::max<int64_t>(1, options.d / 16),
+                      .r = dt_rank_of(options.d),
                       .v = options.vocab,
                       .pieces = sequences(options.batch, options.length),
                       .matrices = matrices};

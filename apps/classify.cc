@@ -156,7 +156,9 @@ void check_combination(const Options& options) {
   if (options.input.paired && (!options.input.regions.empty() || !options.input.bed.empty())) {
     throw UsageError("--paired does not go with --region or --bed");
   }
-  check_outputs({options.out, options.tag_output}, files_of(options.input));
+  std::vector<std::string> read = files_of(options.input);
+  for (const std::string& file : files_of_model(options.model)) read.push_back(file);
+  check_outputs({options.out, options.tag_output}, read);
   if (options.tag_output.empty()) return;
   if (options.window != 0 || options.per_file || options.input.paired) {
     throw UsageError(

@@ -157,6 +157,7 @@ int run_eval(int argc, char** argv) {
 
   std::vector<std::string> read = options.data;
   read.insert(read.end(), {options.table, options.labels.table});
+  for (const std::string& file : files_of_model(options.model)) read.push_back(file);
   check_outputs({options.out}, read);
   const auto backend = make_backend(common);
   const Model model = load_model(*backend, options.model, matrix_dtype(common));

@@ -80,7 +80,8 @@ double parse_seconds(const std::string& text) {
   char* end = nullptr;
   const double seconds = std::strtod(text.c_str(), &end);
   if (text.empty() || *end != '\0' || !(seconds > 0) || (seconds > 1e9 && text != "inf"))
-    throw UsageError(fmt::format("--seconds: expected a number above 0, or inf, found '{}'", text));
+    throw UsageError(
+        fmt::format("--seconds: expected a number above 0, up to 1e9, or inf, found '{}'", text));
   return seconds;
 }
 
@@ -89,7 +90,7 @@ std::vector<std::string> output_names(const std::string& path, int64_t count) {
   if (path.empty()) throw UsageError("no output given", "-o OUT.wav, or -o - for a pipe");
   const std::filesystem::path name(path);
   const std::string ending = name.extension().string();
-  if (path != "-" && audio::has_audio_name(path) && ending != ".wav" && ending != ".wave")
+  if (path != "-" && audio::has_audio_name(path) && !audio::has_wav_name(path))
     throw UsageError(fmt::format("--output '{}': WAV is written, not {}", path, ending.substr(1)),
                      "name it .wav, or pipe -o - into sox or flac");
   if (count == 1) return {path};
@@ -112,7 +113,8 @@ void check_options(const Options& options) {
          options.count.value);
   expect(options.temperature >= 0 && options.temperature <= std::numeric_limits<float>::max(),
          "temperature", "0 or more", options.temperature);
-  expect(options.top_p > 0 && options.top_p <= 1, "top-p", "more than 0, at most 1", options.top_p);
+  expect(static_cast<float>(options.top_p) > 0 && options.top_p <= 1, "top-p",
+         "more than 0, at most 1", options.top_p);
   expect(options.guidance >= 0 && options.guidance <= 100, "guidance", "0 to 100",
          options.guidance);
   if (options.load_state.empty()) return;
@@ -135,6 +137,10 @@ int32_t label_of(const Config& config, const std::string& label, double guidance
   if (label.empty())
     throw Error(fmt::format("the model is conditional: expected --label with one of {}",
                             fmt::join(config.labels, ", ")));
+  if (guidance != 1 && config.condition_dropout == 0)
+    throw Error(
+        fmt::format("--guidance {}: the model knows no recordings without a label", guidance),
+        "train it with --condition-dropout above 0");
   return find_label(config, label);
 }
 
@@ -156,6 +162,8 @@ GenerateOptions resolve(const Options& options, const po::variables_map& values,
            counted(saved.count, "stream"));
     resolved.count = saved.count;
     resolved.label = saved.label;
+    check(config.condition || saved.guidance == 1,
+          "'{}' is the state of another model: config and weights differ", options.load_state);
     if (values["guidance"].defaulted())
       resolved.guidance = saved.guidance;
     else if ((resolved.guidance == 1) != (saved.guidance == 1))
@@ -188,14 +196,17 @@ int run_generate(int argc, char** argv) {
     return 0;
   }
   check_options(options);
+  if (options.prompt == "-")
+    throw UsageError("audio is read from files, not from standard input", "--prompt FILE");
   const Config config = read_config(options.model);
   check_model(config, options.model);
   const GenerateOptions how = resolve(options, values, config);
   const std::vector<std::string> names = output_names(options.out, how.count);
-  std::vector<std::string> outputs = names;
-  check_outputs(outputs, {options.prompt, options.load_state});
+  std::vector<std::string> outputs = names, read = files_of_model(options.model);
+  read.push_back(options.prompt);
   outputs.push_back(options.save_state);
-  check_outputs(outputs, {options.prompt});
+  check_outputs(outputs, read);
+  check_outputs(names, {options.load_state});  // --save-state may write it anew
   if (!options.save_state.empty()) const AtomicFile can_be_written(options.save_state);
 
   Signals signals;  // before the backend, whose threads inherit what is blocked
@@ -230,7 +241,6 @@ int run_generate(int argc, char** argv) {
          .interrupted = [&] { return signals.taken() != 0; }});
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     for (audio::SoundWriter& writer : writers) writer.close();
-    if (!options.save_state.empty()) generator.save_state(options.save_state);
     const auto samples = static_cast<double>(made.samples);
     fmt::print(stderr, "{}, {} samples ({:.3f} s), {:.6f} bits per sample, {:.0f} samples/s\n",
                counted(how.count, "stream"), made.samples,
@@ -241,6 +251,11 @@ int run_generate(int argc, char** argv) {
                  how.guard == Guard::resample
                      ? fmt::format(", at {} in vain", counted(made.kept, "half second"))
                      : "");
+    if (!options.save_state.empty()) {
+      check(!made.unwanted, "no state saved in '{}': the reader of {} left before the end",
+            options.save_state, names[0] == "-" ? "standard output" : names[0]);
+      generator.save_state(options.save_state);
+    }
   } catch (const OutOfMemory& error) {
     throw OutOfMemory(error.what(), "a smaller --count");
   }

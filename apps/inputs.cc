@@ -154,6 +154,11 @@ audio::Recordings recordings_of(const Config& config, const std::vector<std::str
       throw UsageError("audio is read from files, not from standard input",
                        "give files or folders");
   const bool one = !choice.label.empty();
+  const int given = one + !choice.table.empty() + !choice.pattern.empty();
+  if (given > 0 && !labelled)
+    throw UsageError("--label, --labels, --label-pattern: the model takes no label");
+  if (given > 1)
+    throw UsageError("--label, --labels, --label-pattern: expected one of them, not several");
   audio::Recordings recordings = audio::list_recordings(inputs, {.labelled = labelled && !one,
                                                                  .table = choice.table,
                                                                  .pattern = choice.pattern,
@@ -202,6 +207,13 @@ std::vector<std::string> files_of(const InputOptions& options) {
   std::vector<std::string> files = options.inputs;
   files.push_back(options.bed);
   files.push_back(options.reference);
+  return files;
+}
+
+std::vector<std::string> files_of_model(const std::string& folder) {
+  std::vector<std::string> files;
+  for (const char* name : {"config.json", "model.safetensors", "labels.txt", "README.md"})
+    files.push_back(folder + "/" + name);
   return files;
 }
 

@@ -48,6 +48,7 @@ std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& op
 // Strands of a model of audio: forward. Throws where another one was asked for by name.
 void settle_strands(const Config& config, bool defaulted, std::string& strands);
 std::vector<std::string> files_of(const InputOptions& options);  // all that are read
+std::vector<std::string> files_of_model(const std::string& folder);
 
 // Checks that every input can be opened, then opens them one after another as one stream. One that
 // turns out to hold no alignment is named on stderr: it may be a SAM file that was cut in its

@@ -1,5 +1,6 @@
 // coil COMMAND …: the table of commands and the one try/catch. Results go to stdout, everything
 // else to stderr. Exit status: 0, 1 for an error in data, files or machine, 2 for bad usage.
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -124,9 +125,17 @@ void spin_briefly(char** argv) {
   execv("/proc/self/exe", argv);  // comes back only if it cannot
 }
 
+// Where a daemon has closed one of the three, the next file opened would get its number, and what
+// is said on stderr would go into it. Results for a closed stdout are refused when written.
+void keep_standard_files() {
+  for (const int file : {STDIN_FILENO, STDOUT_FILENO, STDERR_FILENO})
+    if (fcntl(file, F_GETFD) < 0) open("/dev/null", file == STDERR_FILENO ? O_WRONLY : O_RDONLY);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
+  keep_standard_files();
   spin_briefly(argv);
   static char buffer[64 << 10];  // a page of help is one write, which `| head` may cut short
   std::setvbuf(stdout, buffer, _IOFBF, sizeof buffer);

@@ -80,6 +80,7 @@ int run_score(int argc, char** argv) {
   const Strands strands = parse_strands(options.engine.strands);
   std::vector<std::string> read = files_of(options.input);
   read.push_back(options.labels.table);
+  for (const std::string& file : files_of_model(options.model)) read.push_back(file);
   check_outputs({options.out}, read);
   if (options.per_base && (strands != Strands::forward || options.json)) {
     throw UsageError(

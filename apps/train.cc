@@ -86,11 +86,12 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
              o.objective = given == "lm" ? Objective::lm : Objective::classify;
            })
            ->value_name("WHICH"),
-       "another name of --objective")                                                   //
-      ("from", option(o.from, "MODEL"), "start from the weights of this model folder")  //
-      ("d-model", size(o.d), "width")                                                   //
-      ("layers", size(o.layers, "COUNT"), "layers")                                     //
-      ("state", size(o.n), "SSM state per channel")                                     //
+       "another name of --objective")                                                           //
+      ("from", option(o.from, "MODEL"), "start from the weights of this model folder")          //
+      ("d-model", size(o.d), "width")                                                           //
+      ("layers", size(o.layers, "COUNT"), "layers")                                             //
+      ("state", size(o.n), "SSM state per channel")                                             //
+      ("dt-rank", size(o.dt_rank), "Mamba: rank of the step size; 0: d-model / 16, in eights")  //
       ("mixers", option(o.mixers, "LIST"),
        "mamba1 | s4d, or a list such as s4d,mamba1: of the layers, repeated; of a U-Net's stages\n"
        "s4d/mamba1, the last for all that follow")                                            //
@@ -272,6 +273,7 @@ int run_train(int argc, char** argv) {
     same("d-model", options.d, config.d);
     same("layers", options.layers, layers);
     same("state", options.n, config.n);
+    same("dt-rank", options.dt_rank, config.dt_rank);
     if (options.audio) {
       same("rate", options.rate, config.audio.rate);
       const std::string codes = config.audio.codes == SampleCodes::pcm16 ? "pcm16" : "mulaw";

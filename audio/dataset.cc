@@ -26,7 +26,9 @@ constexpr int64_t kBlock = 1 << 14;  // samples read and resampled at once
 std::vector<Recording> recordings_below(const std::string& folder) {
   std::vector<Recording> found;
   std::error_code error;
-  fs::recursive_directory_iterator entry(folder, error), end;
+  fs::recursive_directory_iterator entry(folder, fs::directory_options::follow_directory_symlink,
+                                         error),
+      end;
   for (; !error && entry != end; entry.increment(error)) {
     const bool hidden = entry->path().filename().string().starts_with('.');
     if (entry->is_directory()) {

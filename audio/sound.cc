@@ -15,6 +15,7 @@
 #include <sstream>
 #include <vector>
 
+#include "audio/container.h"
 #include "kernels/error.h"
 
 namespace coil::audio {
@@ -72,13 +73,14 @@ Sound::Sound(const std::string& path) : path_(path), file_(std::make_unique<File
     check(code != SF_ERR_MALFORMED_FILE, "{}: truncated or damaged: {}", path,
           sf_strerror(nullptr));
     // What libsndfile says of a rate of 0 and of 0 or too many channels.
-    fail("{}: its header gives no rate or number of channels that can be read ({})", path,
-         sf_strerror(nullptr));
+    fail("{}: its header gives no rate or number of channels that can be read{} ({})", path,
+         wav_header_text(path), sf_strerror(nullptr));
   }
   rate_ = info.samplerate;
   channels_ = info.channels;
   frames_ = info.frames;
   check(rate_ > 0, "{}: its rate is {} Hz", path, rate_);
+  check_end(path);
   check_length(file_->handle, path);
   check(frames_ > 0, "{}: no samples", path);
   file_->block.resize(static_cast<size_t>(std::max<int64_t>(1, kBlock / channels_) * channels_));
@@ -123,14 +125,27 @@ void Sound::seek(int64_t frame) {
   file_->at = file_->end = 0;
 }
 
+namespace {
+
+std::string lower_ending(const std::string& path) {
+  std::string ending = std::filesystem::path(path).extension().string();
+  std::transform(ending.begin(), ending.end(), ending.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  return ending;
+}
+
+}  // namespace
+
+bool has_wav_name(const std::string& path) {
+  const std::string ending = lower_ending(path);
+  return ending == ".wav" || ending == ".wave";
+}
+
 bool has_audio_name(const std::string& path) {
   static constexpr const char* kEndings[] = {".wav",  ".wave", ".flac", ".ogg",  ".oga",
                                              ".opus", ".mp3",  ".aif",  ".aiff", ".aifc",
                                              ".au",   ".snd",  ".caf",  ".w64",  ".rf64"};
-  std::string ending = std::filesystem::path(path).extension().string();
-  std::transform(ending.begin(), ending.end(), ending.begin(),
-                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  return std::find(std::begin(kEndings), std::end(kEndings), ending) != std::end(kEndings);
+  return std::ranges::count(kEndings, lower_ending(path)) > 0;
 }
 
 }  // namespace coil::audio

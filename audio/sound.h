@@ -13,8 +13,8 @@ namespace coil::audio {
 class Sound {
  public:
   // Throws where the file cannot be opened, is no audio, has no samples, no rate, or ends before
-  // the length in its header (WAV, AIFF, AU and their like; FLAC and OGG say so when read; MP3 has
-  // no length that would tell).
+  // the length in its header (WAV, AIFF, AU and their like, Ogg; FLAC says so when read; MP3 has no
+  // length that would tell).
   explicit Sound(const std::string& path);
   ~Sound();
   Sound(Sound&&) noexcept;
@@ -37,6 +37,7 @@ class Sound {
   int channels_ = 0;
 };
 
+bool has_wav_name(const std::string& path);    // .wav, .wave
 bool has_audio_name(const std::string& path);  // by its ending: .wav, .flac, .ogg, …
 
 }  // namespace coil::audio

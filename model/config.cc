@@ -80,6 +80,13 @@ class Reader {
       refuse(key, fmt::format("a number above 0, at most {}", high), *value);
     return number;
   }
+  double share_or(const char* key, double absent) const {
+    const Json* value = find(key);
+    if (!value) return absent;
+    const double number = value->is_number() ? value->get<double>() : -1;
+    if (!(number >= 0 && number <= 1)) refuse(key, "a number from 0 to 1", *value);
+    return number;
+  }
   std::string one_of(const char* key, std::initializer_list<const char*> choices) const {
     const Json& value = need(key);
     std::string list;
@@ -238,9 +245,9 @@ void parse_s4d(const Json& value, const std::string& where, Config& config) {
 }
 
 void parse_coil(const Json& value, const std::string& where, Config& config) {
-  constexpr std::string_view known[] = {"objective", "pooling", "alphabet", "audio",
-                                        "condition", "unknown", "mixers",   "s4d",
-                                        "topology",  "unet",    "mlp"};
+  constexpr std::string_view known[] = {"objective", "pooling",           "alphabet", "audio",
+                                        "condition", "condition_dropout", "unknown",  "mixers",
+                                        "s4d",       "topology",          "unet",     "mlp"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
     check(std::ranges::count(known, item.key()) > 0,
@@ -258,6 +265,7 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   if (config.condition && (config.objective != Objective::lm || config.audio.rate == 0))
     json.refuse("condition", "false: only a language model of audio is given labels",
                 *json.find("condition"));
+  if (config.condition) config.condition_dropout = json.share_or("condition_dropout", 0);
   const Json* mixers = json.find("mixers");
   const bool own = config.model_type == "coil";
   if (mixers && !own) json.refuse("mixers", "none with model_type " + config.model_type, *mixers);
@@ -430,6 +438,7 @@ std::string to_json(const Config& config) {
     if (config.audio.trim > 0) coil["audio"]["trim"] = config.audio.trim;
   }
   if (config.condition) coil["condition"] = true;
+  if (config.condition_dropout > 0) coil["condition_dropout"] = config.condition_dropout;
   for (const Config::Threshold& threshold : config.unknown)
     coil["unknown"].push_back(
         {{"length", threshold.length}, {"probability", threshold.probability}});

@@ -87,7 +87,8 @@ struct Config {
     double trim = 0;  // dB, as recordings were read in training; 0: whole
   };
   Audio audio;
-  bool condition = false;  // lm of audio
+  bool condition = false;        // lm of audio
+  double condition_dropout = 0;  // likewise: share of its training that was without label
   // Of a language model, how many of the vocabulary, from 0 on, its logits are over.
   int64_t predicted() const {
     return audio.rate == 0 ? vocab : audio.codes == SampleCodes::pcm16 ? 512 : 256;
@@ -114,6 +115,10 @@ void add_stages(Config& config, const std::string& pool, const std::string& widt
 
 // Throws coil::Error naming the file, the key, what was expected and what was found. `text` is
 // config.json.
+// Of a network made here: a sixteenth of the width, up to whole words of memory. (Hugging Face's
+// "auto" is the sixteenth itself.)
+inline int64_t dt_rank_of(int64_t d) { return (d + 127) / 128 * 8; }
+
 Config parse_config(const std::string& text, const std::string& where);
 std::string to_json(const Config& config);      // what parse_config and transformers read
 Config read_config(const std::string& folder);  // config.json and labels.txt of a model folder

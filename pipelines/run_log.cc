@@ -186,7 +186,9 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
         "\nThe validation figures chose this model, so they flatter it: measure it with `coil eval`"
         " on data that took no part in training.\n";
   card += "\n## Options\n\n```json\n";
-  card += json::parse(to_json(options)).dump(2);
+  json all = json::parse(to_json(options));
+  if (!config.condition) all.erase("condition_dropout");
+  card += all.dump(2);
   card += "\n```\n";
   return card;
 }

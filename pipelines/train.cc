@@ -56,6 +56,12 @@ void check_audio(const TrainOptions& o) {
     refuse(!o.table.empty(), "table");
     if (o.condition && o.objective != Objective::lm)
       throw UsageError("--condition is for a language model: it does not go with --task classify");
+    if (!o.condition && o.objective == Objective::lm &&
+        !(o.labels.empty() && o.label_pattern.empty()))
+      throw UsageError(
+          "--labels, --label-pattern: a language model is given labels with --condition");
+    if (!o.labels.empty() && !o.label_pattern.empty())
+      throw UsageError("--labels, --label-pattern: expected one of them, not both");
     if (o.balance && o.objective == Objective::lm)
       throw UsageError("--balance is for a classifier");
   } else {
@@ -71,15 +77,16 @@ void check_audio(const TrainOptions& o) {
 void check_ranges(const TrainOptions& o) {
   const auto within = [](const char* name, double value, double low, double high) {
     if (!(value >= low && value <= high))
-      throw UsageError(fmt::format("--{}: expected {}, found {:g}", name,
+      throw UsageError(fmt::format("--{}: expected {}, found {:.12g}", name,
                                    std::isinf(high) ? fmt::format("{:g} or more", low)
-                                                    : fmt::format("{:g} to {:g}", low, high),
+                                                    : fmt::format("{:.12g} to {:.12g}", low, high),
                                    value));
   };
   constexpr double kAny = std::numeric_limits<double>::infinity();
   within("d-model", static_cast<double>(o.d), 1, 1 << 16);
   within("layers", static_cast<double>(o.layers), 1, 1 << 12);
   within("state", static_cast<double>(o.n), 1, 1 << 12);
+  within("dt-rank", static_cast<double>(o.dt_rank), 0, 1 << 12);
   within("s4d-states", static_cast<double>(o.s4d_states), 1, 128);
   within("mlp", static_cast<double>(o.mlp), -1, 64);
   within("steps", static_cast<double>(o.steps), 0, kAny);
@@ -233,6 +240,7 @@ Config Trainer::network() const {
   config.pooling = options_.pooling;
   config.labels = data_.all.labels;
   config.condition = options_.condition;
+  config.condition_dropout = options_.condition ? options_.condition_dropout : 0;
   if (options_.audio) {
     config.audio = {
         .rate = options_.rate, .codes = parse_codes(options_.codes), .trim = options_.trim};
@@ -274,21 +282,22 @@ void Trainer::begin() {
   read_data();
   const Config config = network();
   front_ = FrontEnd(config);
-  batches_ = std::make_unique<Batches>(
-      data_.all, data_.parts.train,
-      BatchOptions{.objective = options_.objective,
-                   .batch_tokens = options_.batch_tokens,
-                   .min_length = options_.min_length,
-                   .max_length = options_.max_length,
-                   .reverse_complement = options_.reverse_complement,
-                   .mutate = options_.mutate,
-                   .condition_dropout = options_.condition ? options_.condition_dropout : 0,
-                   .seed = options_.seed,
-                   .front = front_});
+  batches_ =
+      std::make_unique<Batches>(data_.all, data_.parts.train,
+                                BatchOptions{.objective = options_.objective,
+                                             .batch_tokens = options_.batch_tokens,
+                                             .min_length = options_.min_length,
+                                             .max_length = options_.max_length,
+                                             .reverse_complement = options_.reverse_complement,
+                                             .mutate = options_.mutate,
+                                             .condition_dropout = config.condition_dropout,
+                                             .seed = options_.seed,
+                                             .front = front_});
   resolve();
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());
   options_.n = config.n;
+  options_.dt_rank = config.dt_rank;
   options_.mlp = config.mlp;
   if (!options_.from.empty()) {
     options_.mixers = mixer_names(config);

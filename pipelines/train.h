@@ -33,6 +33,7 @@ struct TrainOptions {
   double condition_dropout = 0.1;          // share of examples trained without their label
   int64_t min_length = 0, max_length = 0;  // windows, in bases or samples; 0: whole records
   int64_t d = 128, layers = 4, n = 16;
+  int64_t dt_rank = 0;            // 0: dt_rank_of(d)
   std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers, add_stages
   // A U-Net's stages: each of `layers`, `pool` steps of the one around it ("": 4,4), widths of the
   // inner ones ("": doubling).

@@ -36,7 +36,8 @@ constexpr std::string_view kLater[] = {
     "precision", "audio",      "rate",          "codes",
     "trim",      "labels",     "label_pattern", "condition",
     "mixers",    "s4d_states", "s4d_init",      "topology",
-    "pool",      "widths",     "mlp",           "condition_dropout"};
+    "pool",      "widths",     "mlp",           "condition_dropout",
+    "dt_rank"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -63,6 +64,7 @@ void visit(Options& o, F f) {
   f("d", o.d, true);
   f("layers", o.layers, true);
   f("n", o.n, true);
+  f("dt_rank", o.dt_rank, true);
   f("mixers", o.mixers, true);
   f("s4d_states", o.s4d_states, true);
   f("s4d_init", o.s4d_init, true);
@@ -134,7 +136,7 @@ Config network_of(const TrainOptions& options) {
   config.d = options.d;
   config.e = 2 * options.d;
   config.n = options.n;
-  config.dt_rank = (options.d + 127) / 128 * 8;  // d / 16, in whole words of memory
+  config.dt_rank = options.dt_rank > 0 ? options.dt_rank : dt_rank_of(options.d);
   config.s4d_states = options.s4d_states;
   config.s4d_init = parse_s4d_init(options.s4d_init);
   config.mlp = options.mlp >= 0 ? options.mlp : unet ? 2 : 0;
@@ -168,6 +170,7 @@ TrainOptions parse_train_options(const std::string& text) {
     visit(options, [&](const char* key, auto& value, bool) {
       if (in.contains(key) || !std::ranges::count(kLater, key)) in.at(key).get_to(value);
     });
+    if (!in.contains("dt_rank")) options.dt_rank = (options.d + 15) / 16;
     options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;
     options.pooling = in.at("pooling") == "last" ? Pooling::last : Pooling::mean;
   } catch (const json::exception& error) {

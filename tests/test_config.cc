@@ -92,7 +92,8 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(refusal("{\"a\": }"), "m/config.json: expected JSON, found something else at byte 7");
   EXPECT_EQ(with(R"(, "coil": {"objective": "classify", "heads": 2})"),
             "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, audio, "
-            "condition, unknown, mixers, s4d, topology, unet, mlp; the model needs a newer Coil");
+            "condition, condition_dropout, unknown, mixers, s4d, topology, unet, mlp; the model "
+            "needs a newer Coil");
   EXPECT_EQ(with(R"(, "coil": {"unknown": [{"length": 100, "probability": 1.5}]})"),
             "m/config.json: coil.unknown[0].probability: expected a number from 0 to 1, found 1.5");
 }

@@ -6,6 +6,7 @@
 #include <numbers>
 
 #include "audio/resample.h"
+#include "audio/sound_writer.h"
 #include "tests/sound_files.h"
 
 // libsndfile 1.2.0 does not free what libvorbis allocated for a file that it cannot open.
@@ -84,12 +85,20 @@ TEST_F(SoundTest, WhatIsNoRecording) {
 TEST_F(SoundTest, CutShort) {
   tone("a.wav", "-b 16", 8000, 24'000);
   shell("sox a.wav a.flac && sox a.wav a.aiff && sox a.wav a.au && sox a.wav a.ogg");
-  for (const char* name : {"a.wav", "a.flac", "a.aiff", "a.au", "a.ogg"}) {
-    const std::string bytes = bytes_of(path(name));
-    const std::string cut = write(std::string("cut.") + name, bytes.substr(0, bytes.size() / 2));
-    const std::string said = error_of([&] { all_of(cut); });
-    EXPECT_EQ(said.find(cut + ": truncated"), 0u) << name << ": " << said;
-  }
+  shell("sox a.wav a.w64 && sox a.wav long.wav repeat 60 && sox long.wav long.ogg");
+  const auto header = wav_header(8000, int64_t{5} << 30);  // RF64
+  write("a.rf64", std::string(header.begin(), header.end()) + std::string(48'000, '\0'));
+  for (const char* name :
+       {"a.wav", "a.flac", "a.aiff", "a.au", "a.ogg", "a.w64", "long.ogg", "a.rf64"})
+    for (const double part : {0.5, 0.8, 0.999}) {
+      const std::string bytes = bytes_of(path(name));
+      const auto kept = static_cast<size_t>(part * static_cast<double>(bytes.size()));
+      const std::string cut = write(std::string("cut.") + name, bytes.substr(0, kept));
+      const std::string said = error_of([&] { all_of(cut); });
+      EXPECT_EQ(said.find(cut + ": truncated"), 0u) << name << ' ' << part << ": " << said;
+    }
+  EXPECT_EQ(all_of(path("a.w64")).size(), 24'000u);
+  EXPECT_NEAR(static_cast<double>(all_of(path("long.ogg")).size()), 61 * 24'000, 500);
   // A pipe's writer could not know the length and left the largest one.
   shell("sox a.wav -t wav - 2>/dev/null | cat > piped.wav");
   EXPECT_EQ(all_of(path("piped.wav")).size(), 24'000u);

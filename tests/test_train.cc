@@ -13,6 +13,7 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <thread>
 
@@ -535,6 +536,13 @@ TEST(TrainOptionsJson, RoundTrip) {
   EXPECT_EQ(to_json(back), to_json(options));
   EXPECT_EQ(differences(options, back), "");
   EXPECT_THROW(parse_train_options("{}"), Error);
+  // Of a run from before they were stored.
+  auto older = nlohmann::json::parse(to_json(options));
+  older["d"] = 65;
+  for (const char* key : {"dt_rank", "condition_dropout"}) older.erase(key);
+  const TrainOptions then = parse_train_options(older.dump());
+  EXPECT_EQ(network_of(then).dt_rank, 5);
+  EXPECT_EQ(then.condition_dropout, 0);
 }
 
 }  // namespace

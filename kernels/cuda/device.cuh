@@ -71,6 +71,28 @@ inline DType activation(const View& view) {
   return view.dtype == DType::bf16 ? DType::bf16 : DType::f32;
 }
 
+// Of two kernels, the second launched with early_launch(): it is there as soon as all blocks of the
+// first have said so, and does what needs nothing from it (instructions come from afar when they
+// are executed for the first time) until await_previous(), which returns when the first is done.
+// Before that it may read what no kernel writes that was launched since the last copy or wait, such
+// as weights: unet_step.cu's tables, too, are made before the first step's ids are copied.
+__device__ inline void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ inline void await_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+inline cudaLaunchAttribute early_launch() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
+
 // Before a launch whose shared memory, static and dynamic, may be above the 48 KB that need no
 // asking.
 template <class Kernel>

@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1)
     mamba_step_kernel(const __grid_constant__ Step<T> step) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) uint4 shared_memory[];
+  let_next_begin();
   const StepBlock<T> block(step, reinterpret_cast<unsigned char*>(shared_memory));
   block.begin();
   if (threadIdx.x >= kStepThreads) return block.copy_all();

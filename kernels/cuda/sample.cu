@@ -193,12 +193,12 @@ struct Row {
   }
 };
 
+// rehearsal: of no consequence.
 template <class T, bool kHolds>
-__global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> op) {
-  __shared__ Shared shared;
+__device__ void draw(const Operands<T>& op, Shared& shared, bool rehearsal) {
   Row<T, kHolds> row(op, shared);
   const uint32_t largest = row.read();
-  const bool writes = threadIdx.x == 0;
+  const bool writes = threadIdx.x == 0 && !rehearsal;
   if (!sample_finite(largest)) {
     if (writes) op.ids[blockIdx.x] = -1;
     if (writes && op.unguided) op.ids[gridDim.x + blockIdx.x] = -1;
@@ -229,8 +229,8 @@ __global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> 
       floor = row.threshold(weight, sample_part(op.top_p, total));
       total = row.sum(weight);
     }
-    const uint32_t stream =
-        static_cast<uint32_t>(op.streams ? op.streams[blockIdx.x] : static_cast<int>(blockIdx.x));
+    const uint32_t stream = static_cast<uint32_t>(
+        op.streams && !rehearsal ? op.streams[blockIdx.x] : static_cast<int>(blockIdx.x));
     id = row.find(weight, sample_place(op.seed, stream, op.step, total));
   }
   if (writes) op.ids[blockIdx.x] = id;
@@ -242,6 +242,33 @@ __global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> 
     return key == 0 ? 0 : sample_weight(sample_logit(key), most, kSampleLog2OfE);
   });
   if (writes) op.log_probs[blockIdx.x] = sample_log_prob(to_float(row.logits[id]), most, total);
+}
+
+template <class T, bool kHolds>
+__global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> op) {
+  __shared__ Shared shared;
+  __shared__ T zeros[kHolds ? 32 * kHeld : 1];
+  // One warp is decoding: it draws once from zeros while the logits are still made.
+  bool rehearsal = kHolds && blockDim.x == 32;
+  Operands<T> from = op;
+  if (rehearsal) {
+    for (int i = threadIdx.x; i < 32 * kHeld; i += 32) zeros[i] = from_float<T>(0);
+    __syncwarp();
+    from.logits = zeros;
+    from.stride = from.unguided_stride = 0;
+    if (op.unguided) from.unguided = zeros;
+  }
+#pragma unroll 1
+  for (bool done = false; !done;) {
+    if (!rehearsal) {
+      await_previous();
+      let_next_begin();
+      from = op;
+    }
+    draw<T, kHolds>(from, shared, rehearsal);
+    done = !rehearsal;
+    rehearsal = false;
+  }
 }
 
 }  // namespace
@@ -276,13 +303,17 @@ void CudaBackend::run(const Sample& op) {
                                .top_p = op.top_p,
                                .seed = op.seed,
                                .step = op.step};
-    const auto blocks = static_cast<unsigned>(m);
-    if (v <= kMostThreads * kHeld)
-      sample_kernel<T, true><<<blocks, threads, 0, stream_>>>(operands);
-    else
-      sample_kernel<T, false><<<blocks, threads, 0, stream_>>>(operands);
+    cudaLaunchAttribute early = early_launch();
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(m));
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.stream = stream_;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    const auto kernel =
+        v <= kMostThreads * kHeld ? sample_kernel<T, true> : sample_kernel<T, false>;
+    check_call(cudaLaunchKernelEx(&config, kernel, operands), name);
   });
-  check_launch(name);
 }
 
 }  // namespace coil

@@ -233,11 +233,11 @@ bool CudaBackend::try_run(const UnetStep& op) {
     config.blockDim = dim3(kTeamThreads);
     config.dynamicSmemBytes = static_cast<size_t>(unet.room.bytes);
     config.stream = stream_;
-    cudaLaunchAttribute together{};
-    together.id = cudaLaunchAttributeClusterDimension;
-    together.val.clusterDim = {static_cast<unsigned>(team), 1, 1};
-    config.attrs = &together;
-    config.numAttrs = 1;
+    cudaLaunchAttribute attributes[] = {early_launch(), {}};
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(team), 1, 1};
+    config.attrs = attributes;
+    config.numAttrs = 2;
     check_call(cudaLaunchKernelEx(&config, unet_step_kernel<T>, unet), name);
     done = true;
   });

@@ -184,18 +184,18 @@ template <class T>
 struct ScanAhead {
   float4 h[2], z_re, z_im, K_re, K_im;
 
-  __device__ void fetch(const UnetLayer<T>& layer, int64_t slot, int d, int n, int channel,
-                        int lane) {
-    const float4* const state = reinterpret_cast<const float4*>(
-        layer.state + ((slot * d + channel) * n + kStatesOf * lane) * 2);
-    const float* const table =
-        layer.table + static_cast<int64_t>(channel) * 4 * n + kStatesOf * lane;
+  // states: a slot's, (d,n,2); table: (d,4,n).
+  __device__ void fetch(const float* states, const float* table, int n, int channel, int lane) {
+    const float4* const state =
+        reinterpret_cast<const float4*>(states) + (channel * n / kStatesOf + lane) * 2;
+    const int quarter = n / kStatesOf;
+    const float4* const at = reinterpret_cast<const float4*>(table) + channel * n + lane;
     h[0] = __ldcg(state);
     h[1] = __ldcg(state + 1);
-    z_re = __ldg(reinterpret_cast<const float4*>(table));
-    z_im = __ldg(reinterpret_cast<const float4*>(table + n));
-    K_re = __ldg(reinterpret_cast<const float4*>(table + 2 * n));
-    K_im = __ldg(reinterpret_cast<const float4*>(table + 3 * n));
+    z_re = __ldg(at);
+    z_im = __ldg(at + quarter);
+    K_re = __ldg(at + 2 * quarter);
+    K_im = __ldg(at + 3 * quarter);
   }
 };
 // A state's step; adds its part of y.

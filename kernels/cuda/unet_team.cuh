@@ -18,11 +18,15 @@ class Team {
         warp_(warp_index()) {}
 
   __device__ void run() {
+    let_next_begin();
     const int64_t row = blockIdx.x / unet_.team;
     const bool first = rank_ == 0, last = rank_ == unet_.team - 1;
     if (unet_.team > 1) {
       if (threadIdx.x == 0) {
-        for (int s = 0; s < unet_.stage_count; ++s) signal_init(signals() + s, 1);
+        for (int s = 0; s < unet_.stage_count; ++s) {
+          signal_init(signals() + s, 1);
+          if (!first) expect_mail(signals() + s, mail_of(unet_.stages[s]));
+        }
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
       }
       __syncthreads();
@@ -31,7 +35,6 @@ class Team {
     const Piece& piece = unet_.pieces[row];
     slot_ = piece.to;
     int64_t position = piece.position;  // in steps of the stage
-    if (first) embed(row);
     bool met = unet_.team == 1;
 #pragma unroll 1
     for (int s = 0;; ++s) {
@@ -41,13 +44,18 @@ class Team {
       begin(stage);
       const int from = first_layer(stage, rank_), end = first_layer(stage, rank_ + 1);
       // First a layer, and what comes after, of no consequence: instructions come from afar when
-      // they are executed for the first time, which takes longer than the layer itself. Until x
-      // comes there is time.
-      rehearsal_ = s == 0 && !first && from < end;
+      // they are executed for the first time, which takes longer than the layer itself. Until the
+      // id is drawn, or x comes, there is time.
+      rehearsal_ = s == 0 && from < end;
       float* x = rehearsal_ ? at<float>(unet_.room.e) : inbox(s);
 #pragma unroll 1
       while (true) {
         if (!rehearsal_) {
+          if (s == 0) {
+            await_previous();
+            if (from < end) fetch_scan(stage, unet_.layers[from], first_channel(stage));
+            if (first) embed(row);
+          }
           if (!met) cooperative_groups::this_cluster().barrier_wait(), met = true;
           if (first)
             start(stage, s, position, x);
@@ -63,7 +71,7 @@ class Team {
         x = inbox(s);
         if (last) linear_.begin(pairs(unet_.layers[from].linear, stage.d, stage.d), warp_);
       }
-      if (!last) hand_on(stage.d, s, x);
+      if (!last) hand_on(stage, s, x);
       if (!inside) break;
       const int in_coarse = static_cast<int>(position % p);
       if (first) keep_or_lift(stage, unet_.stages[s + 1], in_coarse);
@@ -116,7 +124,7 @@ class Team {
       copy_ahead(at<float>(unet_.room.norm_f) + i * 4, stage.norm_f + i * 4, 16);
     if (first == end) return;
     const UnetLayer<T>& layer = unet_.layers[first];
-    fetch_scan(stage, layer);
+    fetch_scan(stage, layer, first_channel(stage));
     linear_.begin(pairs(layer.linear, d, d), warp_);
     if (stage.f == 0) return;
     in_.begin(pairs(layer.mlp_in, d, stage.f), warp_);
@@ -126,11 +134,13 @@ class Team {
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
   }
-  __device__ void fetch_scan(const UnetStage<T>& stage, const UnetLayer<T>& layer) {
-    const int channel = static_cast<int>(threadIdx.x) >> stage.lane_bits;
+  __device__ void fetch_scan(const UnetStage<T>& stage, const UnetLayer<T>& layer, int channel) {
     if (channel < stage.d)
-      scan_.fetch(layer, slot_, stage.d, stage.n, channel,
+      scan_.fetch(layer.state + slot_ * (2 * stage.d * stage.n), layer.table, stage.n, channel,
                   static_cast<int>(threadIdx.x) & (stage.n / kStatesOf - 1));
+  }
+  __device__ int first_channel(const UnetStage<T>& stage) const {
+    return static_cast<int>(threadIdx.x) >> stage.lane_bits;
   }
 
   // x of a stage: what came and, of the stage inside, this step's part of what it put out last.
@@ -178,7 +188,7 @@ class Team {
       const UnetLayer<T>& after = unet_.layers[l + 1 < end ? l + 1 : l];
       const float* const vectors = at<float>(unet_.room.vectors) + (l - first) * 5 * d;
       const float *const bias = vectors + 2 * d, *const mlp_norm = vectors + 4 * d;
-      scan(stage, layer, more ? &after : nullptr, vectors, x, y, fresh);
+      scan(stage, l, more ? (l + 1 < end ? l + 1 : l) : -1, vectors, x, y, fresh);
       __syncthreads();
       multiply(linear_, pairs(layer.linear, d, d), more ? pairs(after.linear, d, d) : Walk<T>{}, y,
                false, warp_, [&](int i, float2 ab) {
@@ -210,52 +220,67 @@ class Team {
     }
   }
 
-  __device__ void scan(const UnetStage<T>& stage, const UnetLayer<T>& layer,
-                       const UnetLayer<T>* after, const float* vectors, float* x, T* y,
-                       bool fresh) {
+  // after: the layer whose first channels are asked for, -1: none.
+  __device__ void scan(const UnetStage<T>& stage, int l, int after, const float* vectors, float* x,
+                       T* y, bool fresh) {
     const int d = stage.d, n = stage.n, lanes = n / kStatesOf,
               at_once = kTeamThreads >> stage.lane_bits;
     const int lane = static_cast<int>(threadIdx.x) & (lanes - 1);
+    float4* const states = reinterpret_cast<float4*>(unet_.layers[l].state + slot_ * (2 * d * n));
     const float scale = rstd(x, d);
 #pragma unroll 1
-    for (int c = static_cast<int>(threadIdx.x) >> stage.lane_bits; c < d; c += at_once) {
-      const ScanAhead<T> now = scan_;
-      if (c + at_once < d)
-        scan_.fetch(layer, slot_, d, n, c + at_once, lane);
-      else if (after)
-        scan_.fetch(*after, slot_, d, n, static_cast<int>(threadIdx.x) >> stage.lane_bits, lane);
+    for (int c = first_channel(stage); c < d; c += at_once) {
       const float u = to_float(from_float<T>(x[c] * vectors[c] * scale));
-      float4 h[2] = {now.h[0], now.h[1]};
+      float4 h[2] = {scan_.h[0], scan_.h[1]};
       if (fresh) h[0] = h[1] = float4{0, 0, 0, 0};
       float sum = lane == 0 ? vectors[d + c] * u : 0.f;
-      sum = advance(h[0].x, h[0].y, now.z_re.x, now.z_im.x, now.K_re.x, now.K_im.x, u, sum);
-      sum = advance(h[0].z, h[0].w, now.z_re.y, now.z_im.y, now.K_re.y, now.K_im.y, u, sum);
-      sum = advance(h[1].x, h[1].y, now.z_re.z, now.z_im.z, now.K_re.z, now.K_im.z, u, sum);
-      sum = advance(h[1].z, h[1].w, now.z_re.w, now.z_im.w, now.K_re.w, now.K_im.w, u, sum);
-      float4* const state =
-          reinterpret_cast<float4*>(layer.state + ((slot_ * d + c) * n + kStatesOf * lane) * 2);
+      const auto step = [&](float& re, float& im, float z_re, float z_im, float K_re, float K_im) {
+        sum = advance(re, im, z_re, z_im, K_re, K_im, u, sum);
+      };
+      step(h[0].x, h[0].y, scan_.z_re.x, scan_.z_im.x, scan_.K_re.x, scan_.K_im.x);
+      step(h[0].z, h[0].w, scan_.z_re.y, scan_.z_im.y, scan_.K_re.y, scan_.K_im.y);
+      step(h[1].x, h[1].y, scan_.z_re.z, scan_.z_im.z, scan_.K_re.z, scan_.K_im.z);
+      step(h[1].z, h[1].w, scan_.z_re.w, scan_.z_im.w, scan_.K_re.w, scan_.K_im.w);
+      float4* const state = states + (c * lanes + lane) * 2;
       if (!rehearsal_) state[0] = h[0], state[1] = h[1];
+      if (c + at_once < d)
+        fetch_scan(stage, unet_.layers[l], c + at_once);
+      else if (after >= 0)
+        fetch_scan(stage, unet_.layers[after], first_channel(stage));
       for (int far = lanes / 2; far > 0; far /= 2) sum += __shfl_xor_sync(~0u, sum, far);
       if (lane == 0) y[c] = from_float<T>(gelu_of(sum));
     }
   }
 
-  // x to the block that goes on with it.
-  __device__ void hand_on(int d, int s, float* x) {
-    auto cluster = cooperative_groups::this_cluster();
-    float* const to = cluster.map_shared_rank(x, rank_ + 1);
+  // Bytes that a block gets of a stage: x and the sums of squares.
+  __device__ static int mail_of(const UnetStage<T>& stage) {
+    return (stage.d + stage.d / 8) * static_cast<int>(sizeof(float));
+  }
+  // x to the block that goes on with it, whose signal counts the bytes: nobody waits for a store to
+  // have arrived.
+  __device__ void hand_on(const UnetStage<T>& stage, int s, float* x) {
+    uint32_t to, signal;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(x)), "r"(rank_ + 1));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;"
+        : "=r"(signal)
+        : "r"(shared_address(signals() + s)), "r"(rank_ + 1));
 #pragma unroll 1
-    for (int i = threadIdx.x; i < d + d / 8; i += kTeamThreads) to[i] = x[i];
-    __syncthreads();
-    if (threadIdx.x > 0) return;
-    asm volatile(
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; "
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }" ::"r"(
-            shared_address(signals() + s)),
-        "r"(rank_ + 1)
-        : "memory");
+    for (int i = 16 * threadIdx.x; i < mail_of(stage); i += 16 * kTeamThreads) {
+      const uint4 word = *reinterpret_cast<const uint4*>(x + i / 4);
+      asm volatile(
+          "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, "
+          "%4}, [%5];" ::"r"(to + i),
+          "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w), "r"(signal)
+          : "memory");
+    }
   }
 
+  __device__ static void expect_mail(uint64_t* signal, int bytes) {
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(signal)),
+        "r"(bytes)
+        : "memory");
+  }
   __device__ void wait_for_mail(int s) const {
     unsigned there = 0;
     while (!there)
