@@ -13,13 +13,16 @@
 // sum comes out whole, without a shuffle. What each phase reads first is asked for as soon as the
 // registers that hold it are free, a whole layer ahead.
 //
+// Between launches (device.cuh): a step begins while the draw before it runs, asks for its weights
+// and goes once through a layer of no consequence, which brings the instructions; the draw does
+// likewise while the step runs. x goes to the next block as stores that count themselves in there.
+//
 // Limit: latency and issue slots: sixteen warps go through four chains of dependent instructions a
-// layer. audio-base (d 64, 128, 256; n 32, mlp 2; 8 layers a stage), bf16, reads 0.9 MB of weights,
-// tables and states of the outermost stage a step, 2.9 and 10.3 MB of the others every 4 and 16.
-// One sequence on an H200, 2026-11-26: 78 us a step and its draw with one block, 72, 70, 69 with
-// clusters of 2, 4 and 8; by the ops one by one 570. 64 sequences, clusters of 2: 83 us. Of a step
-// alone some 45 us are the outermost stage's. That was before shuffles went without guards and
-// nothing was spilled any more (4,700 instructions became 2,850): not measured since.
+// layer, at about ten cycles an instruction. audio-base (d 64, 128, 256; n 32, mlp 2; 8 layers a
+// stage), bf16, reads 0.9 MB of weights, tables and states of the outermost stage a step, 2.9 and
+// 10.3 MB of the others every 4 and 16. One sequence on an H200, 2026-11-26: 55 us a step with its
+// draw, by the ops one by one 570; 64 sequences, clusters of 2: 67 us. Of a layer of the outermost
+// stage (6,400 cycles with its mail) scan takes 2,600, linear 970, in 1,250, out 780, mail 600.
 #include <algorithm>
 #include <bit>
 
