@@ -4,8 +4,7 @@
 #include <cmath>
 
 #include "kernels/error.h"
-#include "pipelines/fit.h"
-#include "pipelines/workers.h"
+#include "pipelines/engine.h"
 
 namespace coil {
 namespace {
@@ -116,38 +115,26 @@ void check_classifier(const Config& config, const std::string& where) {
 void classify(Backend& backend, const Model& model, Source& source, const ClassifyOptions& options,
               const std::function<void(const Answer&)>& emit,
               const std::function<void(const Stream&)>& progress) {
-  const auto classes = static_cast<int64_t>(model.config.labels.size());
-  StreamOptions stream_options = options.stream;
-  const bool chosen_here = stream_options.batch <= 0;
-  if (chosen_here)
-    stream_options.batch =
-        fitting_batch(backend, model.config, model.embedding.view().dtype, stream_options.note);
-  Workers workers(backend);
-  Stream stream(source, stream_options, workers.count(), FrontEnd(model.config));
-  State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
-  Parts parts(stream, chosen_here, stream_options.note);
+  const size_t classes = model.config.labels.size();
   Average average(model.config, options, emit);
-  std::vector<Stream::Batch> batches(workers.count());
-  std::vector<std::vector<float>> logits(batches.size());  // each (m, classes)
-  Stream::Unit unit;
-  while (const int filled = stream.next(batches)) {
-    workers.run(filled, [&](int i, Backend& own) {
-      logits[i] = parts.run(own, batches[i], i, [&](Stream::Batch& part) {
-        return logits_of(own, model, part, state);
-      });
-    });
-    for (int b = 0; b < filled; b++) {
-      const float* row = logits[b].data();
-      for (size_t i = 0; i < batches[b].pieces.size(); i++) {
-        if (!batches[b].pieces[i].last) continue;
-        batches[b].units[i]->values.resize(classes);
-        add_softmax(row, batches[b].units[i]->values);
-        row += classes;
-      }
+  const auto compute = [&](Backend& own, Stream::Batch& batch, State& state) {
+    return logits_of(own, model, batch, state);  // (m, classes)
+  };
+  const auto add = [&](const Stream::Batch& batch, const std::vector<float>& logits) {
+    const float* row = logits.data();
+    for (size_t i = 0; i < batch.pieces.size(); i++) {
+      if (!batch.pieces[i].last) continue;
+      batch.units[i]->values.resize(classes);
+      add_softmax(row, batch.units[i]->values);
+      row += classes;
     }
+  };
+  Stream::Unit unit;
+  const auto turn = [&](Stream& stream) {
     while (stream.pop(unit)) average.add(unit);
     if (progress) progress(stream);
-  }
+  };
+  run_stream(backend, model, source, options.stream, {compute, add, turn});
   average.flush();
 }
 

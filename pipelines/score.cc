@@ -6,8 +6,7 @@
 #include <numbers>
 
 #include "kernels/error.h"
-#include "pipelines/fit.h"
-#include "pipelines/workers.h"
+#include "pipelines/engine.h"
 
 namespace coil {
 
@@ -99,32 +98,17 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
            const std::function<void(const std::string&)>& per_base,
            const std::function<void(const Stream&)>& progress) {
   COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
-  StreamOptions stream_options = options.stream;
-  const bool chosen_here = stream_options.batch <= 0;
-  if (chosen_here)
-    stream_options.batch =
-        fitting_batch(backend, model.config, model.embedding.view().dtype, stream_options.note);
   const FrontEnd front_end(model.config);
   const Track lines(front_end, model.config.audio.rate);
   const Track* const track = options.per_base ? &lines : nullptr;
-  Workers workers(backend);
-  Stream stream(source, stream_options, workers.count(), front_end);
-  State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
-  Parts parts(stream, chosen_here, stream_options.note);
-  std::vector<Stream::Batch> batches(workers.count());
-  std::vector<std::vector<float>> nats(batches.size());  // each (t)
+  const auto compute = [&](Backend& own, Stream::Batch& batch, State& state) {
+    return losses_of(own, model, front_end, batch, state);  // (t)
+  };
+  const auto add_all = [&](const Stream::Batch& batch, const std::vector<float>& nats) {
+    for (size_t i = 0; i < batch.pieces.size(); i++) add(batch, i, nats, front_end, track);
+  };
   Stream::Unit unit;
-  while (const int filled = stream.next(batches)) {
-    workers.run(filled, [&](int i, Backend& own) {
-      nats[i] = parts.run(own, batches[i], i, [&](Stream::Batch& part) {
-        return losses_of(own, model, front_end, part, state);
-      });
-    });
-    for (int b = 0; b < filled; b++) {
-      for (size_t i = 0; i < batches[b].pieces.size(); i++) {
-        add(batches[b], i, nats[b], front_end, track);
-      }
-    }
+  const auto turn = [&](Stream& stream) {
     // Text of records after the first unfinished one waits, so that the order is that of the input.
     while (Stream::Unit* front = stream.front()) {
       if (options.per_base && !front->text.empty()) {
@@ -139,7 +123,8 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
             .log_likelihood = 0 - unit.values[kNats] / unit.strands});
     }
     if (progress) progress(stream);
-  }
+  };
+  run_stream(backend, model, source, options.stream, {compute, add_all, turn});
 }
 
 }  // namespace coil
