@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <sstream>
 
 #include "apps/command.h"
+#include "audio/sound.h"
 #include "genomics/fasta.h"
 #include "genomics/intervals.h"
 #include "kernels/error.h"
@@ -137,6 +139,15 @@ po::options_description describe(LabelChoice& choice) {
       ("trim", option(choice.trim, "DB"),
        "leave out begin and end below -DB of full scale; 0: nothing; auto: as in training");
   return description;
+}
+
+std::string recording_in(const std::string& path) {
+  std::error_code error;
+  if (audio::has_audio_name(path)) return path;
+  for (std::filesystem::recursive_directory_iterator entry(path, error), end;
+       !error && entry != end; entry.increment(error))
+    if (audio::has_audio_name(entry->path().string())) return entry->path().string();
+  return "";
 }
 
 int32_t find_label(const Config& config, const std::string& label) {

@@ -35,6 +35,8 @@ struct LabelChoice {
   std::string trim = "auto";   // dB; auto: as in training
 };
 boost::program_options::options_description describe(LabelChoice& choice);
+// The first recording that a path is or, as a folder, holds, by their names' endings; "": none.
+std::string recording_in(const std::string& path);
 // Of --label, which must be one of the model's.
 int32_t find_label(const Config& config, const std::string& label);
 // Lists files and folders; `labelled`: with labels, which must be the model's.
