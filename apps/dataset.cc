@@ -294,7 +294,7 @@ int run_head(int argc, char** argv) {
   if (!o.output.out.empty()) {
     check_outputs({o.output.out}, o.paths);
     return build_and_tell(joined.input(o.paths, reading), o.output,
-                          Json{{"records", most.value}, {"split", split}}.dump());
+                          Json{{"records", most.value}, {"of split", split}}.dump());
   }
   const Dataset& dataset = *joined.from[0];
   const auto source = open_dataset(joined.from[0], reading);
@@ -456,13 +456,14 @@ int build_and_tell(const BuildInput& input, const DatasetOutput& output, const s
     fmt::print(stderr, "went on with {}\n", counted(result.continued, "part"));
   fmt::print(stderr, "'{}': {}, {}\n", output.out, counted(made.records(), "record"),
              counted(made.size(), unit_of(made)));
+  if (Json::parse(how).value("split", "").empty()) return 0;
   std::vector<int64_t> found(made.splits().size());
   constexpr int64_t kBlock = 1 << 16;
-  for (int64_t at = 0; !found.empty() && at < made.records(); at += kBlock)
+  for (int64_t at = 0; at < made.records(); at += kBlock)
     for (const int8_t split : made.read(at, std::min(kBlock, made.records() - at)).split)
       if (split >= 0) ++found[static_cast<size_t>(split)];
   for (size_t i = 0; i < found.size(); ++i)
-    if (found[i] == 0 && std::string_view(how).find("part of") == std::string_view::npos)
+    if (found[i] == 0 && how.find("part of") == std::string::npos)
       fmt::print(stderr,
                  "note: no record is in split {}: splits are drawn by group, and there are few; "
                  "another --seed draws others\n",

@@ -29,6 +29,7 @@ constexpr const char* kText =
     "With --preset audio-… it is a folder of recordings (WAV, FLAC, OGG, MP3, AIFF, …) or such "
     "files:\n"
     "a language model unless --task classify says otherwise.\n"
+    "Or datasets of coil dataset: their splits train and validation, where they have any.\n"
     "The preset is applied first, every other option after. --resume goes on from the last "
     "checkpoint.";
 

@@ -28,9 +28,11 @@ constexpr int kDrafts = 2;  // parts that wait for their last chunks while the n
 struct Draft {
   int64_t unit = 0;
   PartAbout about;
-  Part part;                                 // values of records
-  std::vector<std::vector<uint8_t>> chunks;  // as stored
+  Part part;  // values of records
+  // As stored, and their sums; made for a whole part, so that threads may fill them.
+  std::vector<std::vector<uint8_t>> chunks;
   std::vector<uint32_t> sums;
+  size_t used = 0;      // chunks in it, when it is closed
   int64_t pending = 1;  // chunks on their way, and one until it is closed
   bool kept = false, compared = true;
   Part before;  // the part that was there
@@ -162,6 +164,8 @@ class Team {
     }
     std::vector<uint32_t> bytes;
     std::vector<uint8_t>& all = part.values["chunks"];
+    draft.chunks.resize(draft.used);
+    draft.sums.resize(draft.used);
     for (std::vector<uint8_t>& chunk : draft.chunks) {
       bytes.push_back(static_cast<uint32_t>(chunk.size()));
       all.insert(all.end(), chunk.begin(), chunk.end());
@@ -254,20 +258,21 @@ class Builder {
     draft_->kept = usable(unit);
     if (draft_->kept) draft_->before = parts_.read(unit);
     draft_->before.values.erase("chunks");
+    if (!draft_->kept) {
+      draft_->chunks.resize(static_cast<size_t>(chunks_));
+      draft_->sums.resize(static_cast<size_t>(chunks_));
+    }
     slot_ = 0;
     team_.begin(draft_);
   }
 
   void close_draft() {
     draft_->about.size = size_ - draft_->about.first;
+    draft_->used = slot_;
     team_.close(draft_);
   }
 
   void submit() {
-    if (!draft_->kept) {
-      draft_->chunks.emplace_back();
-      draft_->sums.push_back(0);
-    }
     team_.chunk(draft_, slot_++, std::exchange(chunk_, {}));
     chunk_.reserve(chunk_bytes_);
   }

@@ -67,7 +67,8 @@ bool Deflater::inflate(std::span<const uint8_t> stored, std::span<uint8_t> raw) 
 }
 
 uint32_t crc32(std::span<const uint8_t> bytes, uint32_t before) {
-  return libdeflate_crc32(before, bytes.data(), bytes.size());
+  // libdeflate takes a null pointer for the begin of a checksum.
+  return bytes.empty() ? before : libdeflate_crc32(before, bytes.data(), bytes.size());
 }
 
 std::string seal_block(const Seal& seal) {

@@ -161,10 +161,4 @@ void Dataset::chunk(int64_t index, hdf5::Deflater& deflater, std::vector<uint8_t
         index * chunk_size());
 }
 
-void check_reads(const Dataset& dataset, const Config& config, const std::string& model) {
-  const CodesOf wanted = codes_of(config);
-  check(dataset.what() == wanted, "{}: holds {}; '{}' reads {}", dataset.path(),
-        dataset.what().describe(), model, wanted.describe());
-}
-
 }  // namespace coil

@@ -91,7 +91,4 @@ class Dataset {
   std::vector<uint32_t> checksums_;
 };
 
-// Throws unless a model with `config` reads what the dataset holds; `model` names it.
-void check_reads(const Dataset& dataset, const Config& config, const std::string& model);
-
 }  // namespace coil

@@ -16,6 +16,7 @@ class DatasetSource final : public Source {
       : dataset_(std::move(dataset)),
         labelled_(options.labelled),
         most_(options.most),
+        label_(options.label),
         split_(dataset_->find_split(options.split)),
         width_(hdf5::size_of(dataset_->what().type())),
         step_(dataset_->what().step()),
@@ -125,6 +126,7 @@ class DatasetSource final : public Source {
   }
 
   int32_t label_of(const Dataset::Records& block) const {
+    if (label_ >= 0) return label_;
     const int32_t found = block.labels[row_];
     const int32_t label = found < 0 ? -1 : label_of_[static_cast<size_t>(found)];
     if (labelled_ && label < 0)
@@ -138,6 +140,7 @@ class DatasetSource final : public Source {
   std::shared_ptr<const Dataset> dataset_;
   const bool labelled_;
   const int64_t most_;
+  const int32_t label_;
   const int8_t split_;
   const int64_t width_, step_, chunk_size_;
   std::vector<int32_t> label_of_;  // of the dataset's classes
@@ -227,21 +230,44 @@ std::unique_ptr<Source> open_dataset(std::shared_ptr<const Dataset> dataset,
   return std::make_unique<DatasetSource>(std::move(dataset), options);
 }
 
-Examples read_dataset(std::shared_ptr<const Dataset> dataset, const DatasetReading& options) {
+bool are_datasets(const std::vector<std::string>& paths) {
+  const auto count = std::count_if(paths.begin(), paths.end(), is_dataset);
+  if (count == 0) return false;
+  for (const std::string& path : paths)
+    check(is_dataset(path), "{}: is no dataset, and others are: expected one or the other", path);
+  return true;
+}
+
+void check_holds(const Dataset& dataset, const CodesOf& expected, const std::string& who) {
+  check(dataset.what() == expected, "{}: holds {}; {} reads {}", dataset.path(),
+        dataset.what().describe(), who, expected.describe());
+}
+
+Examples read_datasets(const std::vector<std::shared_ptr<const Dataset>>& datasets,
+                       const DatasetReading& options) {
+  DatasetReading reading = options;
+  if (options.labelled && options.labels.empty()) {
+    for (const auto& dataset : datasets)
+      for (const std::string& name : dataset->classes())
+        if (std::ranges::count(reading.labels, name) == 0) reading.labels.push_back(name);
+    sort_labels(reading.labels);
+  }
   Examples all;
-  all.labels = options.labels.empty() && options.labelled ? dataset->classes() : options.labels;
-  const std::unique_ptr<Source> source = open_dataset(std::move(dataset), options);
+  all.labels = options.labelled ? reading.labels : options.labels;
   std::vector<uint8_t> codes;
-  for (Segment segment; source->next(segment);) {
-    if (segment.first) all.names.push_back(segment.name);
-    codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
-    if (!segment.last) continue;
-    all.items.push_back({.record = segment.record,
-                         .begin = 0,
-                         .length = static_cast<int64_t>(codes.size()),
-                         .label = segment.label});
-    codes.shrink_to_fit();
-    all.codes.push_back(std::exchange(codes, {}));
+  for (const auto& dataset : datasets) {
+    const std::unique_ptr<Source> source = open_dataset(dataset, reading);
+    for (Segment segment; source->next(segment);) {
+      if (segment.first) all.names.push_back(segment.name);
+      codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
+      if (!segment.last) continue;
+      all.items.push_back({.record = static_cast<int64_t>(all.codes.size()),
+                           .begin = 0,
+                           .length = static_cast<int64_t>(codes.size()),
+                           .label = segment.label});
+      codes.shrink_to_fit();
+      all.codes.push_back(std::exchange(codes, {}));
+    }
   }
   return all;
 }

@@ -21,6 +21,7 @@ namespace coil {
 struct DatasetReading {
   std::string split;                // of this split alone; "": all records
   bool labelled = false;            // a record without a label is an error
+  int32_t label = -1;               // of all records, where it is not their own that counts
   std::vector<std::string> labels;  // of a model: another one is an error; empty: the dataset's
   int64_t most = 0;                 // records, the first ones; 0: all
   int threads = 0;                  // 0: all
@@ -57,8 +58,14 @@ class ChunkReader {
 // none or none is known. Memory: options.memory and what is known of 16 k records.
 std::unique_ptr<Source> open_dataset(std::shared_ptr<const Dataset> dataset,
                                      const DatasetReading& options);
-// One item per record.
-Examples read_dataset(std::shared_ptr<const Dataset> dataset, const DatasetReading& options);
+// Whether all of `paths` are datasets; throws where some are and some are not.
+bool are_datasets(const std::vector<std::string>& paths);
+// Throws unless it holds what is expected; `who` reads that: "'model'", "the preset dna-small".
+void check_holds(const Dataset& dataset, const CodesOf& expected, const std::string& who);
+// One item per record; labels: those of the options, else the classes of all datasets where
+// `labelled`.
+Examples read_datasets(const std::vector<std::shared_ptr<const Dataset>>& datasets,
+                       const DatasetReading& options);
 
 // Windows at arbitrary places in random order, each chunk inflated once per pass: blocks of sixteen
 // chunks are shuffled, and the windows of as many blocks as half the memory holds. Within a block
