@@ -192,8 +192,8 @@ int run_dataset_build(int argc, char** argv) {
   if (inputs.empty()) throw UsageError("no INPUT given");
   if (options.window == 0 && options.stride > 0) throw UsageError("--stride needs --window");
   for (const std::string& path : inputs) {
-    check(path == "-" || ::access(path.c_str(), R_OK) == 0, "{}: cannot open: {}", path,
-          std::strerror(errno));
+    const bool readable = path == "-" || ::access(path.c_str(), R_OK) == 0;
+    check(readable, "{}: cannot open: {}", path, std::strerror(errno));
     if (path != "-" && is_dataset(path) && !fs::is_directory(path))
       throw UsageError(fmt::format("{}: is a dataset already", path),
                        "coil dataset merge, split, head");

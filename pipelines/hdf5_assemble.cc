@@ -20,7 +20,8 @@ std::string manifest_of(const BuildInput& input, const BuildOptions& options, bo
     Json source{{"path", path}};
     struct stat status {};
     if (path != "-") {
-      check(::stat(path.c_str(), &status) == 0, "{}: cannot open: {}", path, std::strerror(errno));
+      const bool found = ::stat(path.c_str(), &status) == 0;
+      check(found, "{}: cannot open: {}", path, std::strerror(errno));
       source["bytes"] = static_cast<int64_t>(status.st_size);
       if (of_parts)
         source["modified"] = fmt::format("{}.{:09}", status.st_mtim.tv_sec, status.st_mtim.tv_nsec);

@@ -78,15 +78,15 @@ std::string seal_block(const Seal& seal) {
   return block;
 }
 
-bool is_hdf5(const std::string& path) {
+int64_t signature_at(const std::string& path) {
   struct stat status {};
-  if (::stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode)) return false;
+  if (::stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode)) return -1;
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) return false;
-  bool found = false;
+  if (descriptor < 0) return -1;
+  int64_t found = -1;
   char text[8];
-  for (int64_t at = 0; !found && at + 8 <= status.st_size; at = at == 0 ? kBlock : 2 * at)
-    found = ::pread(descriptor, text, 8, at) == 8 && std::memcmp(text, kSignature, 8) == 0;
+  for (int64_t at = 0; found < 0 && at + 8 <= status.st_size; at = at == 0 ? kBlock : 2 * at)
+    if (::pread(descriptor, text, 8, at) == 8 && std::memcmp(text, kSignature, 8) == 0) found = at;
   ::close(descriptor);
   return found;
 }

@@ -56,7 +56,10 @@ class Deflater {
 
 uint32_t crc32(std::span<const uint8_t> bytes, uint32_t before = 0);
 
-bool is_hdf5(const std::string& path);  // by its signature; false where it cannot be read
+// Where HDF5's signature stands in a file: 0, or after a user block; -1: it is none, or cannot be
+// read.
+int64_t signature_at(const std::string& path);
+inline bool is_hdf5(const std::string& path) { return signature_at(path) >= 0; }
 
 // What the first 512 bytes say of a file.
 struct Seal {

@@ -92,8 +92,10 @@ class ShuffledWindows {
   const uint64_t seed_;
   const int64_t pass_;
   std::vector<int64_t> offsets_;
-  std::vector<int64_t> blocks_;  // first chunks, shuffled
-  int64_t phase_ = 0;            // chunks of the first block, if it is a short one
+  struct Block {
+    int64_t begin, end;  // chunks
+  };
+  std::vector<Block> blocks_;  // shuffled
   size_t next_block_ = 0, together_ = 1;
   std::vector<uint8_t> memory_;
   std::vector<Place> places_;

@@ -13,7 +13,8 @@ namespace {
 
 int64_t size_of_file(const std::string& path) {
   struct stat status {};
-  check(::stat(path.c_str(), &status) == 0, "{}: cannot open: {}", path, std::strerror(errno));
+  const bool found = ::stat(path.c_str(), &status) == 0;
+  check(found, "{}: cannot open: {}", path, std::strerror(errno));
   check(!S_ISDIR(status.st_mode), "{}: is a folder, expected a file of HDF5", path);
   return status.st_size;
 }

@@ -113,8 +113,11 @@ Verdict verify_dataset(const std::string& path, int threads) {
   hdf5::Seal seal;
   int64_t bytes = 0;
   const bool begin = attempt(verdict, [&] {
-    check(::access(path.c_str(), R_OK) == 0, "{}: cannot open: {}", path, std::strerror(errno));
+    const bool readable = ::access(path.c_str(), R_OK) == 0;
+    check(readable, "{}: cannot open: {}", path, std::strerror(errno));
     seal = hdf5::read_seal(path);
+    check(seal.present || hdf5::signature_at(path) <= 0, "{}: its first {} bytes are damaged", path,
+          hdf5::kBlock);
     if (!seal.present) return;
     const uint32_t sum = hdf5::crc32_of_file(path, hdf5::kBlock, bytes);
     check(bytes == seal.bytes, "{}: truncated: {} bytes, expected {}", path, bytes + hdf5::kBlock,

@@ -200,8 +200,8 @@ void Writer::seal() {
   check(written == kBlock, "cannot write '{}': {}", partial, std::strerror(errno));
   sync();
   ::close(descriptor);
-  check(::rename(partial.c_str(), file_->path.c_str()) == 0, "cannot rename '{}' to '{}': {}",
-        partial, file_->path, std::strerror(errno));
+  const bool renamed = ::rename(partial.c_str(), file_->path.c_str()) == 0;
+  check(renamed, "cannot rename '{}' to '{}': {}", partial, file_->path, std::strerror(errno));
   file_->sealed = true;
   sync_folder(std::filesystem::path(file_->path).parent_path().string());
 }
