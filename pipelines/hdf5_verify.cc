@@ -128,7 +128,8 @@ Verdict verify_dataset(const std::string& path, int threads) {
   if (begin && !seal.present)
     verdict.notes.push_back(
         fmt::format("{}: has no checksum of the whole file: another program wrote it anew", path));
-  if (seal.present && bytes != seal.bytes) return verdict;
+  // HDF5 1.10 itself may crash on structures that are damaged, so it does not get to see them.
+  if (!verdict.damages.empty()) return verdict;
   attempt(verdict, [&] {
     const Dataset dataset(path);
     verify_columns(dataset, verdict);
