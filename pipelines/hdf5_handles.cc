@@ -4,7 +4,12 @@
 
 namespace coil::hdf5 {
 
-Lock::Lock() : guard_(mutex()) { H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr); }
+Lock::Lock() : guard_(mutex()) {
+  // Before all else. HDF5's tidying at exit would write once more what could not be written, and
+  // crash.
+  [[maybe_unused]] static const herr_t once = H5dont_atexit();
+  H5Eset_auto2(H5E_DEFAULT, nullptr, nullptr);
+}
 
 std::recursive_mutex& Lock::mutex() {
   static std::recursive_mutex one;

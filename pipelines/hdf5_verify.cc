@@ -14,6 +14,7 @@
 #include "pipelines/hdf5_build.h"
 #include "pipelines/hdf5_dataset.h"
 #include "pipelines/parts.h"
+#include "pipelines/run_log.h"
 
 namespace coil {
 namespace {
@@ -96,11 +97,11 @@ Verdict verify_parts(const std::string& path) {
     ++expected;
     attempt(verdict, [&] { last |= parse_about(PartStore::read_file(file).about).last; });
   }
+  const std::string count = counted(std::ssize(files), "part");
   verdict.notes.push_back(fmt::format(
-      "{}: not finished: {} part{} of it {} there{}; the command that made them goes on with them",
-      path, files.size(), files.size() == 1 ? "" : "s", files.size() == 1 ? "is" : "are",
-      last ? ", all that there are" : ""));
-  verdict.summary = fmt::format("{}: {} parts, each as it was written", folder, files.size());
+      "{}: not finished: {} of it {} there{}; the command that made them goes on with them", path,
+      count, files.size() == 1 ? "is" : "are", last ? ", all that there are" : ""));
+  verdict.summary = fmt::format("{}: {}, each as it was written", folder, count);
   return verdict;
 }
 
@@ -120,10 +121,12 @@ Verdict verify_dataset(const std::string& path, int threads) {
           hdf5::kBlock);
     if (!seal.present) return;
     const uint32_t sum = hdf5::crc32_of_file(path, hdf5::kBlock, bytes);
-    check(bytes == seal.bytes, "{}: truncated: {} bytes, expected {}", path, bytes + hdf5::kBlock,
+    check(bytes >= seal.bytes, "{}: truncated: {} bytes, expected {}", path, bytes + hdf5::kBlock,
           seal.bytes + hdf5::kBlock);
-    check(sum == seal.crc, "{}: damaged: the checksum of the file is {:08x}, expected {:08x}", path,
-          sum, seal.crc);
+    check(sum == seal.crc,
+          "{}: damaged, or written to by another program: the checksum of the file is {:08x}, "
+          "expected {:08x}",
+          path, sum, seal.crc);
   });
   if (begin && !seal.present)
     verdict.notes.push_back(
@@ -134,8 +137,9 @@ Verdict verify_dataset(const std::string& path, int threads) {
     const Dataset dataset(path);
     verify_columns(dataset, verdict);
     verify_chunks(dataset, threads, verdict);
-    verdict.summary = fmt::format("{}: {} records, {} chunks, each as it was written", path,
-                                  dataset.records(), dataset.chunks());
+    verdict.summary =
+        fmt::format("{}: {}, {}, each as it was written", path,
+                    counted(dataset.records(), "record"), counted(dataset.chunks(), "chunk"));
   });
   return verdict;
 }

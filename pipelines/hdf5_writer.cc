@@ -16,15 +16,20 @@ namespace coil::hdf5 {
 struct Writer::File {
   std::string path, partial;
   hid_t id = -1;
-  bool sealed = false;
+  bool sealed = false, failed = false;
+
+  // HDF5 1.10 crashes when what it could not write is closed: after an error its handles are left.
+  template <class Result>
+  Result expect(Result result, const std::string& what) {
+    failed |= result < 0;
+    return hdf5::expect(result, path, what);
+  }
 };
 
 Writer::Writer(const std::string& path) : file_(std::make_unique<File>()) {
   file_->path = path;
   file_->partial = path + ".tmp";
   const Lock lock;
-  // A full disk is told by an error; HDF5's tidying at exit would try to write once more.
-  H5dont_atexit();
   const Handle access(H5Pcreate(H5P_FILE_ACCESS), H5Pclose);
   const Handle creation(H5Pcreate(H5P_FILE_CREATE), H5Pclose);
   H5Pset_libver_bounds(access, H5F_LIBVER_EARLIEST, H5F_LIBVER_V18);
@@ -42,7 +47,7 @@ Writer::Writer(const std::string& path) : file_(std::make_unique<File>()) {
 Writer::~Writer() {
   if (file_->sealed) return;
   const Lock lock;
-  if (file_->id >= 0) H5Fclose(file_->id);
+  if (file_->id >= 0 && !file_->failed) H5Fclose(file_->id);
   ::unlink(file_->partial.c_str());
 }
 
@@ -53,29 +58,30 @@ void Writer::attribute(const std::string& name, const std::string& text) {
   H5Tset_cset(type, H5T_CSET_UTF8);
   const std::string what = fmt::format("cannot write attribute '{}'", name);
   const Handle made(
-      expect(H5Acreate2(file_->id, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT),
-             file_->path, what),
+      file_->expect(H5Acreate2(file_->id, name.c_str(), type, space, H5P_DEFAULT, H5P_DEFAULT),
+                    what),
       H5Aclose);
   const char* const value = text.c_str();
-  expect(H5Awrite(made, type, &value), file_->path, what);
+  file_->expect(H5Awrite(made, type, &value), what);
 }
 
 void Writer::attribute(const std::string& name, int64_t number) {
   const Lock lock;
   const Handle space(H5Screate(H5S_SCALAR), H5Sclose);
   const std::string what = fmt::format("cannot write attribute '{}'", name);
-  const Handle made(
-      expect(H5Acreate2(file_->id, name.c_str(), H5T_STD_I64LE, space, H5P_DEFAULT, H5P_DEFAULT),
-             file_->path, what),
-      H5Aclose);
-  expect(H5Awrite(made, H5T_NATIVE_INT64, &number), file_->path, what);
+  const Handle made(file_->expect(H5Acreate2(file_->id, name.c_str(), H5T_STD_I64LE, space,
+                                             H5P_DEFAULT, H5P_DEFAULT),
+                                  what),
+                    H5Aclose);
+  file_->expect(H5Awrite(made, H5T_NATIVE_INT64, &number), what);
 }
 
 void Writer::group(const std::string& name) {
   const Lock lock;
-  expect(H5Gclose(expect(H5Gcreate2(file_->id, name.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT),
-                         file_->path, fmt::format("cannot write group '{}'", name))),
-         file_->path, "cannot write");
+  file_->expect(H5Gclose(file_->expect(
+                    H5Gcreate2(file_->id, name.c_str(), H5P_DEFAULT, H5P_DEFAULT, H5P_DEFAULT),
+                    fmt::format("cannot write group '{}'", name))),
+                "cannot write");
 }
 
 std::unique_ptr<Writer::Column> Writer::column(const std::string& name, const Layout& layout) {
@@ -105,14 +111,14 @@ Writer::Column::Column(File& file, std::string name, const Layout& layout)
   H5Pset_chunk(creation, rank, chunk);
   H5Pset_obj_track_times(creation, false);
   if (layout.deflate) H5Pset_deflate(creation, kLevel);
-  handle_ =
-      expect(H5Dcreate2(file.id, name_.c_str(), type, space, H5P_DEFAULT, creation, H5P_DEFAULT),
-             file.path, fmt::format("cannot write '{}'", name_));
+  handle_ = file_.expect(
+      H5Dcreate2(file.id, name_.c_str(), type, space, H5P_DEFAULT, creation, H5P_DEFAULT),
+      fmt::format("cannot write '{}'", name_));
 }
 
 Writer::Column::~Column() {
   const Lock lock;
-  if (handle_ >= 0) H5Dclose(handle_);
+  if (handle_ >= 0 && !file_.failed) H5Dclose(handle_);
 }
 
 void Writer::Column::append(const void* rows, int64_t count) {
@@ -149,8 +155,8 @@ void Writer::Column::append_chunk(std::span<const uint8_t> stored) {
 void Writer::Column::write_chunk(std::span<const uint8_t> stored) {
   const Lock lock;
   const hsize_t at[] = {static_cast<hsize_t>(chunks_ * layout_.chunk_rows()), 0};
-  expect(H5Dwrite_chunk(handle_, H5P_DEFAULT, 0, at, stored.size(), stored.data()), file_.path,
-         fmt::format("cannot write '{}'", name_));
+  file_.expect(H5Dwrite_chunk(handle_, H5P_DEFAULT, 0, at, stored.size(), stored.data()),
+               fmt::format("cannot write '{}'", name_));
   ++chunks_;
 }
 
@@ -168,19 +174,19 @@ void Writer::Column::close() {
   if (!raw_) {
     const Handle space(H5Screate(H5S_SCALAR), H5Sclose);
     const Handle made(
-        expect(H5Acreate2(handle_, "crc32", H5T_STD_U32LE, space, H5P_DEFAULT, H5P_DEFAULT),
-               file_.path, what),
+        file_.expect(H5Acreate2(handle_, "crc32", H5T_STD_U32LE, space, H5P_DEFAULT, H5P_DEFAULT),
+                     what),
         H5Aclose);
-    expect(H5Awrite(made, H5T_NATIVE_UINT32, &crc_), file_.path, what);
+    file_.expect(H5Awrite(made, H5T_NATIVE_UINT32, &crc_), what);
   }
-  expect(H5Dclose(handle_), file_.path, what);
+  file_.expect(H5Dclose(handle_), what);
   handle_ = -1;
 }
 
 void Writer::seal() {
   {
     const Lock lock;
-    expect(H5Fclose(file_->id), file_->path, "cannot write");
+    file_->expect(H5Fclose(file_->id), "cannot write");
     file_->id = -1;
   }
   const std::string& partial = file_->partial;

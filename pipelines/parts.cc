@@ -143,8 +143,9 @@ PartStore::PartStore(const std::string& output, const std::string& manifest)
     if (name.ends_with(".tmp")) fs::remove(entry.path(), error);  // of a process that died
     found_ += name.ends_with(".part");
   }
-  if (!fs::exists(named)) {
-    check(found_ == 0, "'{}' holds parts, and no manifest.json that says of what", folder_);
+  check(found_ == 0 || fs::exists(named),
+        "'{}' holds parts, and no manifest.json that says of what", folder_);
+  if (found_ == 0) {
     write_file_atomically(named, manifest);
     sync_folder(fs::path(folder_).parent_path().string());
     return;

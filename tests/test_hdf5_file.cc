@@ -96,9 +96,9 @@ TEST(Hdf5File, ErrorsNameTheFileAndWhatWasFound) {
   }
   const std::string whole = bytes_of(path);
   write_bytes(path, whole.substr(0, 1000));
-  EXPECT_EQ(open(path), fmt::format("{}: truncated: 1000 bytes, expected {}", path, whole.size()));
+  EXPECT_NE(open(path).find(path + ": truncated: it has 1000 bytes"), std::string::npos);
   write_bytes(path, whole.substr(512, 1500));  // without the first block: HDF5's own check
-  EXPECT_NE(open(path).find("truncated file"), std::string::npos) << open(path);
+  EXPECT_NE(open(path).find("truncated"), std::string::npos) << open(path);
   write_bytes(path, whole);
   const hdf5::Reader reader(path);
   const auto column = [&](const char* name, Type type, bool matrix = false) {

@@ -102,6 +102,7 @@ TEST(PartStore, WhatAKillLeftIsPassedOver) {
   write_bytes(path + ".parts/00000000.part.tmp", "half");
   const PartStore parts(path, "{}");
   EXPECT_EQ(parts.found(), 0);
+  EXPECT_EQ(PartStore(path, R"({"a":1})").found(), 0);  // nothing is lost with the options
   EXPECT_FALSE(std::filesystem::exists(path + ".parts/00000000.part.tmp"));
 }
 
