@@ -13,7 +13,13 @@
 
 namespace coil {
 
+int run_dataset_bench(int argc, char** argv);
 int run_dataset_build(int argc, char** argv);
+int run_dataset_head(int argc, char** argv);
+int run_dataset_info(int argc, char** argv);
+int run_dataset_merge(int argc, char** argv);
+int run_dataset_split(int argc, char** argv);
+int run_dataset_verify(int argc, char** argv);
 
 struct DatasetOutput {
   std::string out;
