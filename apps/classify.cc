@@ -131,6 +131,7 @@ po::options_description describe(Options& options) {
       ("trim", option(options.labels.trim, "DB"),
        "audio: leave out begin and end below -DB of full scale; 0: nothing; auto: as in training");
   description.add(describe(options.input))
+      .add(describe_split(options.input.split))
       .add(describe(options.engine))
       .add(describe(options.common));
   return description;

@@ -29,6 +29,7 @@ int run_bench(int argc, char** argv);
 int run_calibrate(int argc, char** argv);
 int run_classify(int argc, char** argv);
 int run_convert(int argc, char** argv);
+int run_dataset(int argc, char** argv);
 int run_eval(int argc, char** argv);
 int run_generate(int argc, char** argv);
 int run_info(int argc, char** argv);

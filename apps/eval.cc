@@ -24,7 +24,7 @@ struct EvalOptions {
   std::string strands = "both";
   LabelChoice labels;
   bool json = false;
-  std::string out;
+  std::string out, split;
 };
 
 po::options_description describe(EvalOptions& o) {
@@ -34,7 +34,7 @@ po::options_description describe(EvalOptions& o) {
        "model folder; also as the first argument")  //
       ("data", po::value(&o.data)->value_name("DATA"),
        "CSV/TSV, a folder per class, or FASTA with --table; for a language model any of these, "
-       "FASTA, FASTQ, SAM or BAM. Of audio: recordings or a folder of them")                      //
+       "FASTA, FASTQ, SAM or BAM. Of audio: recordings or a folder of them. Of either: datasets")  //
       ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                        //
       ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                              //
       ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")          //
@@ -44,7 +44,7 @@ po::options_description describe(EvalOptions& o) {
        "rows computed at once; 0: by the size of the model")         //
       ("json", po::bool_switch(&o.json), "JSON instead of a table")  //
       ("output,o", option(o.out, "FILE"), "default: standard output");
-  options.add(describe(o.labels));
+  options.add(describe_split(o.split)).add(describe(o.labels));
   return options;
 }
 
@@ -136,6 +136,21 @@ Examples recordings(const EvalOptions& options, const Config& config) {
   return all;
 }
 
+Examples datasets(const EvalOptions& options, const Config& config) {
+  const bool labelled = config.objective == Objective::classify || config.condition;
+  const DatasetReading reading = dataset_reading(config, options.split, options.labels, labelled);
+  if (!options.table.empty()) throw UsageError("--table: a dataset has its labels");
+  std::vector<std::shared_ptr<const Dataset>> opened;
+  for (const std::string& path : options.data) {
+    opened.push_back(std::make_shared<const Dataset>(path));
+    check_holds(*opened.back(), codes_of(config), fmt::format("'{}'", options.model));
+  }
+  Examples all = read_datasets(opened, reading);
+  if (options.window > 0)
+    all.items = cut_windows(all.items, options.window, options.window, 0, FrontEnd(config).step());
+  return all;
+}
+
 }  // namespace
 
 int run_eval(int argc, char** argv) {
@@ -162,7 +177,11 @@ int run_eval(int argc, char** argv) {
   const auto backend = make_backend(common);
   const Model model = load_model(*backend, options.model, matrix_dtype(common));
   const Config& config = model.config;
-  const Examples all = config.audio.rate > 0 ? recordings(options, config) : dna(options, config);
+  const bool stored = are_datasets(options.data);
+  if (!stored && !options.split.empty()) throw UsageError("--split: no DATA is a dataset");
+  const Examples all = stored                  ? datasets(options, config)
+                       : config.audio.rate > 0 ? recordings(options, config)
+                                               : dna(options, config);
   if (config.audio.rate > 0) settle_strands(config, values["strands"].defaulted(), options.strands);
   const EvaluateOptions how{.batch_tokens = options.batch_tokens,
                             .both_strands = options.strands == "both",

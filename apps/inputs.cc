@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <filesystem>
 #include <sstream>
 
 #include "apps/command.h"
+#include "audio/sound.h"
 #include "genomics/fasta.h"
 #include "genomics/intervals.h"
 #include "kernels/error.h"
@@ -71,12 +73,21 @@ AlignmentOptions InputOptions::alignment() const {
   return {.reference = reference, .secondary = secondary, .supplementary = supplementary};
 }
 
+po::options_description describe_split(std::string& split) {
+  po::options_description description("Datasets");
+  description.add_options()("split", option(split, "NAME"),
+                            "of a dataset, the records of this split alone");
+  return description;
+}
+
 po::options_description describe(InputOptions& options) {
   po::options_description description("Input");
   description.add_options()  //
       ("input", po::value(&options.inputs)->value_name("FILE"),
        "FASTA or FASTQ (plain, gzip, bgzip), SAM, BAM, CRAM; - is standard input. For a model of "
-       "audio: recordings (WAV, FLAC, OGG, MP3, AIFF, …) or folders of them")  //
+       "audio: recordings (WAV, FLAC, OGG, MP3, AIFF, …) or folders of them. Of either: datasets "
+       "of "
+       "coil dataset")  //
       ("region", po::value(&options.regions)->value_name("REGION"),
        "only chr1:1,000-2,000 of one indexed FASTA (1-based, both ends in); may be repeated")  //
       ("bed", po::value(&options.bed)->value_name("FILE"), "only the regions of a BED file")   //
@@ -93,6 +104,11 @@ po::options_description describe(InputOptions& options) {
 std::unique_ptr<Source> open_inputs(const InputOptions& options) {
   const std::vector<std::string>& inputs = options.inputs;
   if (inputs.empty()) throw UsageError("no INPUT given");
+  const bool datasets = std::any_of(inputs.begin(), inputs.end(), is_dataset);
+  const bool regions = !options.regions.empty() || !options.bed.empty();
+  if (datasets && (options.paired || regions))
+    throw UsageError("--paired, --region and --bed do not go with a dataset");
+  if (!datasets && !options.split.empty()) throw UsageError("--split: no input is a dataset");
   if (options.paired) {
     if (inputs.size() > 2) {
       throw UsageError(fmt::format(
@@ -100,7 +116,7 @@ std::unique_ptr<Source> open_inputs(const InputOptions& options) {
     }
     return open_pairs(inputs[0], inputs.size() > 1 ? inputs[1] : "");
   }
-  if (!options.regions.empty() || !options.bed.empty()) {
+  if (regions) {
     if (inputs.size() != 1) {
       throw UsageError(fmt::format("--region, --bed: {} inputs given, expected one indexed FASTA",
                                    inputs.size()));
@@ -114,10 +130,16 @@ std::unique_ptr<Source> open_inputs(const InputOptions& options) {
     return std::make_unique<RegionsOf>(open_regions(inputs[0], std::move(intervals)));
   }
   std::vector<bool> alignments;
+  std::vector<std::shared_ptr<const Dataset>> opened;
   for (const std::string& input : inputs) {
-    alignments.push_back(input == "-" ? options.alignments : is_alignment(sniff(input)));
+    opened.push_back(is_dataset(input) ? std::make_shared<const Dataset>(input) : nullptr);
+    if (opened.back()) check_holds(*opened.back(), {}, "a model of DNA");
+    alignments.push_back(input == "-" ? options.alignments
+                                      : !opened.back() && is_alignment(sniff(input)));
   }
-  const auto open = [inputs, alignments, alignment = options.alignment()](size_t i) {
+  const auto open = [inputs, opened, alignments, split = options.split,
+                     alignment = options.alignment()](size_t i) {
+    if (opened[i]) return open_dataset(opened[i], {.split = split});
     return alignments[i]
                ? std::make_unique<Remarked>(open_alignments(inputs[i], alignment), inputs[i])
                : open_fasta({inputs[i]});
@@ -137,6 +159,15 @@ po::options_description describe(LabelChoice& choice) {
       ("trim", option(choice.trim, "DB"),
        "leave out begin and end below -DB of full scale; 0: nothing; auto: as in training");
   return description;
+}
+
+std::string recording_in(const std::string& path) {
+  std::error_code error;
+  if (audio::has_audio_name(path)) return path;
+  for (std::filesystem::recursive_directory_iterator entry(path, error), end;
+       !error && entry != end; entry.increment(error))
+    if (audio::has_audio_name(entry->path().string())) return entry->path().string();
+  return "";
 }
 
 int32_t find_label(const Config& config, const std::string& label) {
@@ -185,6 +216,23 @@ audio::ReadOptions reading_of(const Config& config, const LabelChoice& choice) {
           .note = [](const std::string& text) { fmt::print(stderr, "{}\n", text); }};
 }
 
+DatasetReading dataset_reading(const Config& config, const std::string& split,
+                               const LabelChoice& choice, bool labelled) {
+  if (!choice.table.empty() || !choice.pattern.empty() || choice.trim != "auto")
+    throw UsageError(
+        "--labels, --label-pattern and --trim: a dataset has its labels, and was "
+        "trimmed when it was built");
+  DatasetReading reading{.split = split};
+  if (!labelled) return reading;
+  if (!choice.label.empty()) {
+    reading.label = find_label(config, choice.label);
+    return reading;
+  }
+  reading.labelled = true;
+  reading.labels = config.labels;
+  return reading;
+}
+
 std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& options,
                                     const LabelChoice& choice) {
   if (!options.regions.empty() || !options.bed.empty() || !options.reference.empty() ||
@@ -192,8 +240,18 @@ std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& op
     throw UsageError(
         "the model reads audio: --region, --bed, --reference, --paired and options of alignments "
         "are for DNA");
-  return open_recordings(recordings_of(config, options.inputs, choice, config.condition),
-                         reading_of(config, choice));
+  if (!are_datasets(options.inputs)) {
+    if (!options.split.empty()) throw UsageError("--split: no input is a dataset");
+    return open_recordings(recordings_of(config, options.inputs, choice, config.condition),
+                           reading_of(config, choice));
+  }
+  const DatasetReading reading = dataset_reading(config, options.split, choice, config.condition);
+  std::vector<std::shared_ptr<const Dataset>> opened;
+  for (const std::string& path : options.inputs) {
+    opened.push_back(std::make_shared<const Dataset>(path));
+    check_holds(*opened.back(), codes_of(config), "the model");
+  }
+  return chain(opened.size(), [=](size_t i) { return open_dataset(opened[i], reading); });
 }
 
 void settle_strands(const Config& config, bool defaulted, std::string& strands) {

@@ -12,6 +12,7 @@
 #include "kernels/error.h"
 #include "model/config.h"
 #include "pipelines/fit.h"
+#include "pipelines/hdf5_read.h"
 #include "pipelines/stream.h"
 
 namespace coil {
@@ -24,9 +25,12 @@ struct InputOptions {
   bool alignments = false;  // standard input is SAM, BAM or CRAM
   bool secondary = false, supplementary = false;
   bool paired = false;  // classify only
+  std::string split;    // of datasets
   AlignmentOptions alignment() const;
 };
 boost::program_options::options_description describe(InputOptions& options);
+// --split, where datasets are read.
+boost::program_options::options_description describe_split(std::string& split);
 
 // Of recordings, where the model is conditional or they are to be measured by class.
 struct LabelChoice {
@@ -35,14 +39,19 @@ struct LabelChoice {
   std::string trim = "auto";   // dB; auto: as in training
 };
 boost::program_options::options_description describe(LabelChoice& choice);
+// The first recording that a path is or, as a folder, holds, by their names' endings; "": none.
+std::string recording_in(const std::string& path);
 // Of --label, which must be one of the model's.
 int32_t find_label(const Config& config, const std::string& label);
 // Lists files and folders; `labelled`: with labels, which must be the model's.
 audio::Recordings recordings_of(const Config& config, const std::vector<std::string>& inputs,
                                 const LabelChoice& choice, bool labelled);
 audio::ReadOptions reading_of(const Config& config, const LabelChoice& choice);
-// Recordings for a model of audio, with labels where it is conditional. Throws where options of DNA
-// were given.
+// How datasets are read; `labelled`: with labels, which must be the model's, or --label for all.
+DatasetReading dataset_reading(const Config& config, const std::string& split,
+                               const LabelChoice& choice, bool labelled);
+// Recordings, or datasets of them, for a model of audio, with labels where it is conditional.
+// Throws where options of DNA were given.
 std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& options,
                                     const LabelChoice& choice);
 // Strands of a model of audio: forward. Throws where another one was asked for by name.
@@ -52,7 +61,7 @@ std::vector<std::string> files_of_model(const std::string& folder);
 
 // Checks that every input can be opened, then opens them one after another as one stream. One that
 // turns out to hold no alignment is named on stderr: it may be a SAM file that was cut in its
-// header.
+// header. Datasets must hold DNA.
 std::unique_ptr<Source> open_inputs(const InputOptions& options);
 
 // Options of the engine. describe() binds text where "auto" is a choice; resolve() reads it.

@@ -29,6 +29,8 @@ constexpr Command kCommands[] = {
     {"Make a model", "eval", "metrics of a model on labelled data", true, coil::run_eval},
     {"Make a model", "calibrate", "thresholds below which classify says unknown", true,
      coil::run_calibrate},
+    {"Prepare data", "dataset", "build, info, verify, head, merge, split: HDF5 datasets", true,
+     coil::run_dataset},
     {"Look after models", "info", "shapes, parameters and a memory plan", false, coil::run_info},
     {"Look after models", "convert", "from and to Hugging Face Mamba folders", true,
      coil::run_convert},
@@ -139,7 +141,9 @@ int main(int argc, char** argv) {
   spin_briefly(argv);
   static char buffer[64 << 10];  // a page of help is one write, which `| head` may cut short
   std::setvbuf(stdout, buffer, _IOFBF, sizeof buffer);
-  std::signal(SIGPIPE, SIG_IGN);  // a closed pipe is an error of write(), reported like any other
+  // A closed pipe and a file that may not grow are errors of write(), reported like any other.
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
   std::string name = "coil";
   try {
     return dispatch(argc, argv, name);

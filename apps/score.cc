@@ -36,6 +36,7 @@ po::options_description describe(Options& options) {
       ("per-second", po::bool_switch(&options.per_second),
        "audio: a line for every second of every recording instead of the table");
   description.add(describe(options.input))
+      .add(describe_split(options.input.split))
       .add(describe(options.labels))
       .add(describe(options.engine))
       .add(describe(options.common));

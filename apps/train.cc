@@ -5,12 +5,11 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <filesystem>
 #include <iostream>
 
 #include "apps/command.h"
+#include "apps/inputs.h"
 #include "apps/signals.h"
-#include "audio/sound.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
@@ -30,6 +29,7 @@ constexpr const char* kText =
     "With --preset audio-… it is a folder of recordings (WAV, FLAC, OGG, MP3, AIFF, …) or such "
     "files:\n"
     "a language model unless --task classify says otherwise.\n"
+    "Or datasets of coil dataset: their splits train and validation, where they have any.\n"
     "The preset is applied first, every other option after. --resume goes on from the last "
     "checkpoint.";
 
@@ -207,16 +207,10 @@ std::string preset_named(int argc, char** argv) {
 
 // Recordings under a preset of DNA: said before anything else about them is.
 void refuse_recordings(const std::vector<std::string>& data, const std::string& preset) {
-  for (const std::string& path : data) {
-    std::error_code error;
-    std::string found = audio::has_audio_name(path) ? path : "";
-    for (std::filesystem::recursive_directory_iterator entry(path, error), end;
-         !error && found.empty() && entry != end; entry.increment(error))
-      if (audio::has_audio_name(entry->path().string())) found = entry->path().string();
-    if (!found.empty())
+  for (const std::string& path : data)
+    if (const std::string found = recording_in(path); !found.empty())
       throw UsageError(fmt::format("{}: a recording, and the preset {} reads DNA", found, preset),
                        "--preset audio-small");
-  }
 }
 
 }  // namespace

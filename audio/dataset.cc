@@ -138,8 +138,8 @@ void add_labels(Recordings& all, const LabelOptions& options) {
     const std::set<std::string> found(texts.begin(), texts.end());
     all.labels.assign(found.begin(), found.end());
     sort_labels(all.labels);
-    check(all.labels.size() > 1, "only one class, '{}', in the recordings given; two are needed",
-          all.labels[0]);
+    check(all.labels.size() > 1 || !options.complete,
+          "only one class, '{}', in the recordings given; two are needed", all.labels[0]);
   }
   std::vector<int64_t> counts(all.labels.size());
   for (size_t i = 0; i < texts.size(); ++i) {
@@ -149,7 +149,7 @@ void add_labels(Recordings& all, const LabelOptions& options) {
     all.files[i].label = static_cast<int32_t>(place - all.labels.begin());
     ++counts[all.files[i].label];
   }
-  if (!options.known.empty()) return;
+  if (!options.known.empty() || !options.complete) return;
   for (size_t i = 0; i < counts.size(); ++i)
     check(counts[i] > 1, "class '{}' is seen once; at least two recordings of a class are needed",
           all.labels[i]);

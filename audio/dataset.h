@@ -19,6 +19,7 @@ struct LabelOptions {
       pattern;  // extended regular expression over the file's name: its first group, else the match
   // Neither: the folder below the one given. Of a model: a label outside is an error.
   std::vector<std::string> known = {};
+  bool complete = true;  // to train on: at least two classes of two recordings each
 };
 
 struct Recording {
@@ -32,7 +33,8 @@ struct Recordings {
 };
 // Files are taken whatever their names; of folders, searched to the bottom, what is named like
 // audio and not hidden. Throws on a folder without any, on a file without label or with an unknown
-// one and, where no labels are known, on fewer than two classes or one with a single recording.
+// one and, where `complete` and no labels are known, on fewer than two classes or one with a single
+// recording.
 Recordings list_recordings(const std::vector<std::string>& paths, const LabelOptions& options);
 
 // The rate that most of them have, the lower of two.

@@ -2,79 +2,39 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
 #include <numeric>
-#include <unordered_map>
 #include <utility>
 
-#include "genomics/alignment.h"
-#include "genomics/alphabet.h"
-#include "genomics/fasta.h"
-#include "genomics/table.h"
+#include "genomics/labelled.h"
 #include "kernels/error.h"
 
 namespace coil {
 namespace {
 
-namespace fs = std::filesystem;
-
-std::string join(const std::vector<std::string>& names) {
-  constexpr size_t kShown = 12;
-  std::string text;
-  for (size_t i = 0; i < names.size() && i < kShown; ++i) text += (i ? ", " : "") + names[i];
-  return names.size() > kShown ? fmt::format("{}, … ({} in all)", text, names.size()) : text;
-}
-
-std::vector<std::string> sorted_entries(const std::string& folder, bool folders) {
-  std::vector<std::string> entries;
-  std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder, error)) {
-    const std::string name = entry.path().filename().string();
-    constexpr const char* kPassedOver[] = {".fai", ".gzi", ".bai",  ".csi",
-                                           ".txt", ".md",  ".json", ".html"};
-    const std::string ending = entry.path().extension().string();
-    if (name.starts_with('.') || entry.is_directory() != folders) continue;
-    if (!folders &&
-        std::find(std::begin(kPassedOver), std::end(kPassedOver), ending) != std::end(kPassedOver))
-      continue;
-    entries.push_back(entry.path().string());
-  }
-  check(!error, "{}: cannot list: {}", folder, error.message());
-  std::sort(entries.begin(), entries.end());
-  return entries;
-}
-
 class Reader {
  public:
-  explicit Reader(const DatasetOptions& options) : options_(options) {
-    for (const std::string& label : options.labels) index_of(label);
-    if (options.labelled && !options.table.empty()) read_label_table();
-  }
+  Reader(const std::vector<std::string>& paths, const DatasetOptions& options)
+      : options_(options),
+        source_(paths, {.labelling = options.labelled ? Labelling::all : Labelling::none,
+                        .sequence_column = options.sequence_column,
+                        .label_column = options.label_column,
+                        .table = options.table,
+                        .known = options.labels}) {}
 
-  void read(const std::string& path) {
-    if (path != "-" && fs::is_directory(path)) return read_folder(path);
-    const FileKind kind = path == "-" ? FileKind::fasta : sniff(path);
-    if (kind == FileKind::sam || kind == FileKind::bam || kind == FileKind::cram) {
-      if (options_.labelled || kind == FileKind::cram)
-        throw Error(fmt::format("{}: {}; FASTA, FASTQ, CSV or TSV was expected", path,
-                                options_.labelled ? "alignments have no labels"
-                                                  : "CRAM needs its reference"),
-                    fmt::format("samtools fasta {} > reads.fa", path));
-      return read_records(open_alignments(path, {}), [](const std::string&) { return -1; });
+  Examples read() {
+    std::vector<uint8_t> codes;
+    for (Segment segment; source_.next(segment);) {
+      if (segment.first) all_.names.push_back(segment.name);
+      codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
+      if (!segment.last) continue;
+      codes.shrink_to_fit();
+      all_.codes.push_back(std::exchange(codes, {}));
+      label_of_.push_back(segment.label);
     }
-    if (kind == FileKind::unknown) return read_table(path);
-    if (!options_.labelled) return read_fasta(path, -1);
-    if (options_.table.empty())
-      throw Error(fmt::format("{}: a FASTA or FASTQ file alone has no labels", path),
-                  "give a table of names and labels, or a folder that holds one folder per class");
-    read_fasta_by_table(path);
-  }
-
-  Examples finish() {
     check(!all_.codes.empty(), "no records in the data given");
     if (options_.labelled) {
+      all_.labels = source_.labels();
       if (options_.labels.empty()) order_labels();
-      all_.labels = labels_;
     }
     for (size_t record = 0; record < all_.codes.size(); ++record) tile(record);
     if (options_.labelled && options_.labels.empty()) check_classes();
@@ -82,127 +42,14 @@ class Reader {
   }
 
  private:
-  int32_t index_of(const std::string& label) {
-    const auto [entry, added] = index_.try_emplace(label, static_cast<int32_t>(labels_.size()));
-    if (added) labels_.push_back(label);
-    return entry->second;
-  }
-
-  // `where`: the file and line for the message.
-  int32_t known_label(const std::string& label, const std::string& where) {
-    check(!label.empty(), "{}: the label is empty", where);
-    if (!options_.labels.empty())
-      check(index_.contains(label), "{} has label '{}', which is not one of the model's: {}", where,
-            label, join(options_.labels));
-    return index_of(label);
-  }
-
-  void add(std::string name, std::vector<uint8_t> codes, int32_t label) {
-    codes.shrink_to_fit();
-    all_.names.push_back(std::move(name));
-    all_.codes.push_back(std::move(codes));
-    label_of_.push_back(label);
-  }
-
-  void read_table(const std::string& path) {
-    Table table(path);
-    const size_t sequence = table.column(options_.sequence_column);
-    const size_t label = options_.labelled ? table.column(options_.label_column) : 0;
-    const size_t name = std::min(table.find("name"), table.find("id"));
-    std::vector<std::string> row;
-    int64_t rows = 0;
-    while (table.next(row)) {
-      ++rows;
-      const std::string where = fmt::format("{}: line {}", path, table.line());
-      check(row.size() == table.header().size(), "{} has {} columns where the header has {}", where,
-            row.size(), table.header().size());
-      const std::string& text = row[sequence];
-      std::vector<uint8_t> codes;
-      const size_t read = dna::encode(text, dna::Gaps::skip, codes);
-      if (read < text.size())
-        fail("{} has {} at base {}, {}", where, dna::describe(text[read]), codes.size() + 1,
-             dna::why_not_dna(text[read]));
-      check(!codes.empty(), "{}: the sequence is empty", where);
-      const int32_t known = options_.labelled ? known_label(row[label], where) : -1;
-      add(name < row.size() ? row[name] : std::to_string(rows), std::move(codes), known);
-    }
-    check(rows > 0, "{}: no records", path);
-  }
-
-  // label_for(name): of a record about to be added.
-  template <class LabelFor>
-  void read_records(const std::unique_ptr<Source>& source, LabelFor&& label_for) {
-    Segment segment;
-    std::vector<uint8_t> codes;
-    std::string name;
-    while (source->next(segment)) {
-      if (segment.first) name = segment.name;
-      codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
-      if (!segment.last) continue;
-      const int32_t label = label_for(name);
-      add(std::move(name), std::exchange(codes, {}), label);
-    }
-  }
-
-  void read_fasta(const std::string& path, int32_t label) {
-    read_records(open_fasta({path}, false), [&](const std::string&) { return label; });
-  }
-
-  void read_fasta_by_table(const std::string& path) {
-    read_records(open_fasta({path}), [&](const std::string& name) {
-      const auto row = table_.find(name);
-      check(row != table_.end(), "{}: record '{}' has no label in {}", path, name, options_.table);
-      return known_label(row->second.label,
-                         fmt::format("{}: line {}", options_.table, row->second.line));
-    });
-  }
-
-  // A header line needs no rule of its own: it is a row whose name no record has.
-  void read_label_table() {
-    Table table(options_.table);
-    std::vector<std::string> row = table.header();
-    do {
-      check(row.size() >= 2, "{}: line {} has one column; a name and a label were expected",
-            options_.table, table.line());
-      const auto [entry, added] = table_.try_emplace(row[0], Row{row[1], table.line()});
-      check(added || entry->second.label == row[1],
-            "{}: line {} labels '{}' as '{}', line {} as '{}'", options_.table, table.line(),
-            row[0], row[1], entry->second.line, entry->second.label);
-    } while (table.next(row));
-  }
-
-  void read_folder(const std::string& folder) {
-    const std::vector<std::string> folders = sorted_entries(folder, true);
-    if (!options_.labelled) {
-      int64_t read_files = 0;
-      for (const std::string& file : sorted_entries(folder, false)) read(file), ++read_files;
-      for (const std::string& inner : folders) read_folder(inner), ++read_files;
-      check(read_files > 0, "{}: no files in this folder", folder);
-      return;
-    }
-    check(!folders.empty(), "{}: no folders in it; one folder per class was expected", folder);
-    for (const std::string& inner : folders) {
-      const std::vector<std::string> files = sorted_entries(inner, false);
-      check(!files.empty(), "{}: no files in this folder; FASTA or FASTQ of one class was expected",
-            inner);
-      const int32_t label = known_label(fs::path(inner).filename().string(), inner);
-      for (const std::string& file : files) {
-        const FileKind kind = sniff(file);
-        check(kind == FileKind::fasta || kind == FileKind::fastq,
-              "{}: neither FASTA nor FASTQ, which a class's folder should hold", file);
-        read_fasta(file, label);
-      }
-    }
-  }
-
   void order_labels() {
-    std::vector<std::string> sorted = labels_;
-    sort_labels(sorted);
-    std::vector<int32_t> place(labels_.size());
-    for (size_t i = 0; i < sorted.size(); ++i)
-      place[index_.at(sorted[i])] = static_cast<int32_t>(i);
+    const std::vector<std::string> found = all_.labels;
+    sort_labels(all_.labels);
+    std::vector<int32_t> place;
+    for (const std::string& label : found)
+      place.push_back(static_cast<int32_t>(
+          std::find(all_.labels.begin(), all_.labels.end(), label) - all_.labels.begin()));
     for (int32_t& label : label_of_) label = place[label];
-    labels_ = std::move(sorted);
   }
 
   void tile(size_t record) {
@@ -217,25 +64,20 @@ class Reader {
   }
 
   void check_classes() const {
-    check(labels_.size() > 1, "only one class, '{}', in the data given; a classifier needs two",
-          labels_[0]);
-    std::vector<int64_t> counts(labels_.size());
+    const std::vector<std::string>& labels = all_.labels;
+    check(labels.size() > 1, "only one class, '{}', in the data given; a classifier needs two",
+          labels[0]);
+    std::vector<int64_t> counts(labels.size());
     for (const Example& item : all_.items) ++counts[item.label];
     for (size_t i = 0; i < counts.size(); ++i)
       check(counts[i] > 1, "class '{}' is seen once; at least two examples of a class are needed",
-            labels_[i]);
+            labels[i]);
   }
 
-  struct Row {
-    std::string label;
-    int64_t line;
-  };
   const DatasetOptions& options_;
+  LabelledSource source_;
   Examples all_;
   std::vector<int32_t> label_of_;  // of the records
-  std::vector<std::string> labels_;
-  std::unordered_map<std::string, int32_t> index_;
-  std::unordered_map<std::string, Row> table_;
 };
 
 // The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a fixed order keyed by (seed, item).
@@ -286,9 +128,7 @@ Examples read_examples(const std::vector<std::string>& paths, const DatasetOptio
   check(options.max_length == 0 || options.min_length <= options.max_length,
         "the shortest window ({}) is longer than the longest ({})", options.min_length,
         options.max_length);
-  Reader reader(options);
-  for (const std::string& path : paths) reader.read(path);
-  return reader.finish();
+  return Reader(paths, options).read();
 }
 
 void split(Examples& all, double fraction, uint64_t seed, std::vector<Example>& train,

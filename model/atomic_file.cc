@@ -35,9 +35,10 @@ void AtomicFile::write(const void* data, size_t bytes) {
 }
 
 void AtomicFile::commit() {
-  check(::fsync(descriptor_) == 0, "cannot write '{}': {}", path_, std::strerror(errno));
-  check(::rename(partial_.c_str(), path_.c_str()) == 0, "cannot rename '{}' to '{}': {}", partial_,
-        path_, std::strerror(errno));
+  const bool synced = ::fsync(descriptor_) == 0;  // before errno is looked at
+  check(synced, "cannot write '{}': {}", path_, std::strerror(errno));
+  const bool renamed = ::rename(partial_.c_str(), path_.c_str()) == 0;
+  check(renamed, "cannot rename '{}' to '{}': {}", partial_, path_, std::strerror(errno));
   ::close(descriptor_);
   descriptor_ = -1;
   sync_folder(std::filesystem::path(path_).parent_path().string());

@@ -23,6 +23,7 @@ struct Segment {
   bool last = false;           // the record ends here
   std::string name;            // set where `first`
   int32_t label = -1;          // likewise: its class, where the reader knows it
+  int8_t split = -1;           // likewise, of a dataset: training, validation, …
   std::vector<uint8_t> codes;  // token ids; at least 1
 };
 

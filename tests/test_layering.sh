@@ -27,6 +27,8 @@ forbid 'includes are root-relative'             "$all"    '\.'
 
 forbid 'htslib stays in genomics'               'apps pipelines audio model kernels'    'htslib/'
 forbid 'libsndfile, libsamplerate stay in audio' 'apps pipelines genomics model kernels'        'sndfile|samplerate'
+forbid 'HDF5 and libdeflate stay in pipelines'  'apps genomics audio model kernels'      'hdf5\.h|libdeflate'
+forbid 'HDF5 stays in pipelines/hdf5_*'         "$(ls pipelines/*.h pipelines/*.cc | grep -v /hdf5_)" 'hdf5\.h|libdeflate'
 forbid 'Boost stays in apps'                    'pipelines genomics audio model kernels' 'boost/'
 forbid 'oneDNN and Highway stay in kernels/cpu' 'apps pipelines genomics audio model'         'dnnl|oneapi/|hwy/'
 forbid 'oneDNN and Highway stay in kernels/cpu' "$(echo kernels/*.h kernels/*.cc)"      'dnnl|oneapi/|hwy/'
