@@ -15,6 +15,7 @@
 #include "kernels/error.h"
 #include "kernels/op_cases.h"
 #include "model/counting_backend.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
 #include "model/step_tables.h"

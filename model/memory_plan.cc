@@ -5,6 +5,7 @@
 
 #include "kernels/error.h"
 #include "model/counting_backend.h"
+#include "model/loss.h"
 #include "model/optimizer.h"
 
 namespace coil {

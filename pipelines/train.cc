@@ -21,6 +21,7 @@
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 #include "pipelines/batches.h"
 #include "pipelines/fit.h"

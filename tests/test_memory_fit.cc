@@ -10,6 +10,7 @@
 #include <fstream>
 
 #include "kernels/error.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
 #include "pipelines/classify.h"
