@@ -28,51 +28,33 @@ void copy_slot(Backend& backend, const State& from, int64_t slot, const State& t
     backend.copy(sources[i].second.slice(slot, 1), targets[i].second.slice(other, 1));
 }
 
-class Loss {
- public:
-  Loss(Backend& backend, const Model& model, View class_weights, View total, Model* grad,
-       Tensor* logits, double scale, bool truncate)
-      : backend_(backend),
-        model_(model),
-        weights_(brought(backend, class_weights, kept_weights_)),
-        total_(total),
-        grad_(grad),
-        logits_(logits),
-        scale_(static_cast<float>(scale)),
-        truncate_(truncate) {}
+struct Common {  // what the parts of a batch share
+  Backend& backend;
+  const Model& model;
+  View class_weights, total;
+  Model* grad;
+  Tensor* logits;
+  float scale;  // of the gradient of the sum
+  bool truncate;
 
-  void add_part(View ids, View targets, const Rows& rows, int64_t chunk) const;
-
- private:
-  class Part;
-  bool lm() const { return model_.config.objective == Objective::lm; }
-  Tensor cross_entropy(Tensor logits, View targets) const;
-
-  Backend& backend_;
-  const Model& model_;
-  Tensor kept_weights_;
-  View weights_, total_;
-  Model* grad_;
-  Tensor* logits_;
-  float scale_;  // of the sum's gradient
-  bool truncate_;
+  bool lm() const { return model.config.objective == Objective::lm; }
 };
 
 // Adds the losses to the total. Returns the logits' gradient: in their place unless the caller
 // wants them, or products want another type.
-Tensor Loss::cross_entropy(Tensor logits, View targets) const {
-  const DType act = lm() ? activations(backend_, model_.backbone) : DType::f32;
-  const bool in_place = !logits_ && act == DType::f32;
+Tensor cross_entropy(const Common& all, Tensor logits, View targets) {
+  const DType act = all.lm() ? activations(all.backend, all.model.backbone) : DType::f32;
+  const bool in_place = !all.logits && act == DType::f32;
   Tensor dlogits;
-  if (grad_ && !in_place)
-    dlogits = Tensor(backend_, act, {logits.view().rows(), logits.view().cols()});
-  const View gradient = !grad_ ? View{} : (in_place ? logits : dlogits).view();
-  const Tensor loss(backend_, DType::f32, {logits.view().rows()});
-  const auto columns = [](const View& all, const Softmax& part) {
-    return all ? all.columns(part.begin, part.count) : all;
+  if (all.grad && !in_place)
+    dlogits = Tensor(all.backend, act, {logits.view().rows(), logits.view().cols()});
+  const View gradient = !all.grad ? View{} : (in_place ? logits : dlogits).view();
+  const Tensor loss(all.backend, DType::f32, {logits.view().rows()});
+  const auto columns = [](const View& of, const Softmax& part) {
+    return of ? of.columns(part.begin, part.count) : of;
   };
   const std::vector<Softmax> parts =
-      lm() ? softmaxes(model_.config) : std::vector<Softmax>{{0, logits.view().cols()}};
+      all.lm() ? softmaxes(all.model.config) : std::vector<Softmax>{{0, logits.view().cols()}};
   for (const Softmax& part : parts) {
     std::vector<int32_t> inside;
     View own = targets;
@@ -81,27 +63,27 @@ Tensor Loss::cross_entropy(Tensor logits, View targets) const {
       own = host_view(inside.data(), DType::i32, {targets.rows()});
     }
     Tensor kept_targets;
-    backend_.run(CrossEntropy{.logits = columns(logits, part),
-                              .targets = brought(backend_, own, kept_targets),
-                              .loss = loss,
-                              .dlogits = columns(gradient, part),
-                              .class_weights = weights_,
-                              .total = total_,
-                              .scale = scale_});
+    all.backend.run(CrossEntropy{.logits = columns(logits, part),
+                                 .targets = brought(all.backend, own, kept_targets),
+                                 .loss = loss,
+                                 .dlogits = columns(gradient, part),
+                                 .class_weights = all.class_weights,
+                                 .total = all.total,
+                                 .scale = all.scale});
   }
-  if (grad_ && in_place) dlogits = std::move(logits);
-  if (logits_) *logits_ = std::move(logits);
+  if (all.grad && in_place) dlogits = std::move(logits);
+  if (all.logits) *all.logits = std::move(logits);
   return dlogits;
 }
 
 // Whole sequences together, or one in chunks. Two slots hold the states before and behind the chunk
 // at hand, two their gradients, in turn: a chunk reads where the one before it wrote.
-class Loss::Part {
+class Part {
  public:
-  Part(const Loss& loss, View ids, View targets, const Rows& rows, int64_t chunk)
-      : loss_(loss),
-        backend_(loss.backend_),
-        model_(loss.model_),
+  Part(const Common& all, View ids, View targets, const Rows& rows, int64_t chunk)
+      : all_(all),
+        backend_(all.backend),
+        model_(all.model),
         ids_(ids),
         targets_(targets),
         rows_(rows),
@@ -111,18 +93,18 @@ class Loss::Part {
   void add() {
     // Where no gradient comes back from a later chunk, each is done with when its turn comes.
     const bool mean = model_.config.pooling == Pooling::mean;
-    const bool once = !loss_.grad_ || (loss_.truncate_ && (loss_.lm() || !mean));
+    const bool once = !all_.grad || (all_.truncate && (all_.lm() || !mean));
     if (count_ > 1) {
       state_.emplace(backend_, model_.config, 2);
       if (!once) {
         kept_.emplace(backend_, model_.config, static_cast<int32_t>(count_ - 1));
         kept_->pool = Tensor();
-        if (!loss_.truncate_) dstate_.emplace(backend_, model_.config, 2);
+        if (!all_.truncate) dstate_.emplace(backend_, model_.config, 2);
       }
     }
     for (int64_t i = 0; i < count_; ++i) {
       const bool last = i + 1 == count_;
-      compute(i, last || (once && loss_.lm()));
+      compute(i, last || (once && all_.lm()));
       if (!last && !once) copy_slot(backend_, *state_, to(i), *kept_, i);
     }
     if (once) return;
@@ -151,10 +133,10 @@ class Loss::Part {
     Tensor kept_ids;
     const View ids = brought(backend_, ids_.slice(begin, length), kept_ids);
     Saved saved;
-    Model* const grad = loss_.grad_;
+    Model* const grad = all_.grad;
     Tensor h = hidden(backend_, model_, ids, rows, state, grad && whole ? &saved : nullptr);
     Tensor dh;  // (t, d)
-    if (loss_.lm()) {
+    if (all_.lm()) {
       if (whole) dh = next_token(std::move(h), targets_.slice(begin, length));
     } else {
       if (!dlogits_) classify(h, rows, state);
@@ -171,8 +153,8 @@ class Loss::Part {
   // h (t, d) → dh (t, d).
   Tensor next_token(Tensor h, View targets) const {
     const Tensor dlogits =  // (t, v)
-        loss_.cross_entropy(lm_logits(backend_, model_, h), targets);
-    Model* const grad = loss_.grad_;
+        cross_entropy(all_, lm_logits(backend_, model_, h), targets);
+    Model* const grad = all_.grad;
     if (!grad) return {};
     const int64_t v = model_.config.predicted();
     const Tensor& dweight = model_.config.tie ? grad->embedding : grad->lm_head;
@@ -186,8 +168,8 @@ class Loss::Part {
     Tensor pooled;                                                            // (m, d)
     Tensor logits = class_logits(backend_, model_, h, rows, state, &pooled);  // (m, classes)
     if (rows.finished() == 0) return;
-    dlogits_ = loss_.cross_entropy(std::move(logits), targets_);
-    Model* const grad = loss_.grad_;
+    dlogits_ = cross_entropy(all_, std::move(logits), targets_);
+    Model* const grad = all_.grad;
     if (!grad) return;
     add_weight_gradient(backend_, dlogits_, pooled, grad->score);
     backend_.run(SumRows{.x = dlogits_, .out = grad->score_bias});
@@ -213,7 +195,7 @@ class Loss::Part {
     return dh;
   }
 
-  const Loss& loss_;
+  const Common& all_;
   Backend& backend_;
   const Model& model_;
   View ids_, targets_;
@@ -223,10 +205,6 @@ class Loss::Part {
   std::optional<State> kept_;            // behind each chunk but the last
   Tensor dlogits_;                       // (m, classes)
 };
-
-void Loss::add_part(View ids, View targets, const Rows& rows, int64_t chunk) const {
-  Part(*this, ids, targets, rows, chunk).add();
-}
 
 }  // namespace
 
@@ -249,18 +227,24 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
               Device::Kind::cpu);  // the mean needs the number of counted targets first
   const double weight = weight_of(targets, class_weights);
   if (!(weight > 0)) grad = nullptr;
-  const Loss loss(backend, model, class_weights, total, grad, logits, grad ? scale / weight : 1,
-                  cut.truncate);
+  Tensor kept_weights;
+  const Common all{.backend = backend,
+                   .model = model,
+                   .class_weights = brought(backend, class_weights, kept_weights),
+                   .total = total,
+                   .grad = grad,
+                   .logits = logits,
+                   .scale = grad ? static_cast<float>(scale / weight) : 1,
+                   .truncate = cut.truncate};
 
   const int64_t t = rows.total(), chunk = cut.chunk > 0 ? cut.chunk : std::max<int64_t>(t, 1);
   const int64_t most = std::min(cut.rows > 0 ? cut.rows : t, chunk);
   const std::span<const Piece> sequences = rows.pieces();
   if (t <= most || (sequences.size() == 1 && t <= chunk)) {
-    loss.add_part(ids, targets, rows, chunk);
+    Part(all, ids, targets, rows, chunk).add();
     return weight;
   }
   COIL_ASSERT(!logits);
-  const bool lm = model.config.objective == Objective::lm;
   for (size_t begin = 0, end = 0; begin < sequences.size(); begin = end) {
     std::vector<Piece> pieces;
     int64_t length = 0;
@@ -270,11 +254,11 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
       length += sequences[end].length;
     }
     const int64_t first = sequences[begin].begin;
-    loss.add_part(
-        ids.slice(first, length),
-        lm ? targets.slice(first, length)
-           : targets.slice(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin)),
-        Rows(backend, std::move(pieces)), chunk);
+    const View own =
+        all.lm() ? targets.slice(first, length)
+                 : targets.slice(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin));
+    const Rows part(backend, std::move(pieces));
+    Part(all, ids.slice(first, length), own, part, chunk).add();
   }
   return weight;
 }
