@@ -46,10 +46,11 @@ int64_t fitting_batch(const Backend& backend, const Config& config, DType matric
 
 int64_t fitting_chunk(const Backend& backend, const Config& config, DType matrices, int64_t longest,
                       int64_t rows) {
-  const int64_t room = backend.memory().room();
+  const Memory memory = backend.memory();
   const int64_t usable =
-      room >= 0 ? plannable(room, backend.device())
-                : static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
+      memory.room() >= 0
+          ? plannable(memory.room() + memory.in_use, backend.device())
+          : static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
   const auto fits = [&](int64_t chunk) {
     return plan_memory(config, {.length = std::max(longest, chunk > 0 ? chunk : rows),
                                 .chunk = chunk,

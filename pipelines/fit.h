@@ -26,8 +26,9 @@ int64_t fitting_batch(const Backend& backend, const Config& config, DType matric
                       const Note* note = nullptr);
 
 // Steps of a sequence that training can take at once, see Cut in model/loss.h: 0, whole, where the
-// longest fits beside the rest of training; else the largest half, quarter, … of `rows`, the steps
-// of whole sequences at once, that does. Of a CPU whose memory is not known, half may be planned.
+// longest fits beside the rest of training, of which nothing is held yet; else the largest half,
+// quarter, … of `rows`, the steps of whole sequences at once, that does. Of a CPU whose memory is
+// not known, half may be planned.
 int64_t fitting_chunk(const Backend& backend, const Config& config, DType matrices, int64_t longest,
                       int64_t rows);
 

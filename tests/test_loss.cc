@@ -74,15 +74,16 @@ class LossInChunks : public ::testing::TestWithParam<Case> {
     }
     return most;
   }
-  void expect_same(Records& records, const std::vector<Cut>& cuts, double tolerance) {
+  void expect_same(Records& records, const std::vector<Cut>& cuts, double tolerance,
+                   double of_loss = 1e-6) {
     Model expected = zeros_like(*backend_, model_);
     const BatchLoss whole = loss(records, &expected, {});
     for (const Cut& cut : cuts) {
       Model grad = zeros_like(*backend_, model_);
       const BatchLoss found = loss(records, &grad, cut);
       EXPECT_EQ(found.weight, whole.weight);
-      EXPECT_NEAR(found.sum, whole.sum, 1e-6 * std::fabs(whole.sum)) << "chunk " << cut.chunk;
-      EXPECT_NEAR(loss(records, nullptr, cut).sum, whole.sum, 1e-6 * std::fabs(whole.sum));
+      EXPECT_NEAR(found.sum, whole.sum, of_loss * std::fabs(whole.sum)) << "chunk " << cut.chunk;
+      EXPECT_NEAR(loss(records, nullptr, cut).sum, whole.sum, of_loss * std::fabs(whole.sum));
       const auto [difference, name] = apart(grad, expected);
       fmt::print("[ loss     ] {} steps, chunk {}, rows {}: {:.1e} in {}\n", records.ids.size(),
                  cut.chunk, cut.rows, difference, name);
@@ -176,6 +177,15 @@ TEST_P(LossInChunks, TruncatedGradientsEndWhereAChunkBegins) {
         << name;
   }
 }
+
+#ifdef COIL_TEST_CUDA
+TEST_P(LossInChunks, InBf16TheyAreWithinItsRounding) {
+  const auto cpu = make_cpu_backend();
+  model_ = converted(*backend_, lively_model(*cpu, model_.config, 29), DType::bf16);
+  Records records(model_.config, {150, 33, 2000}, 12);
+  expect_same(records, {{.chunk = 64}, {.chunk = 999}}, 2e-2, 1e-3);
+}
+#endif
 
 // What a step is told by later ones would show in the sum of the losses before it, which is in f64.
 TEST_P(LossInChunks, NothingIsSeenBeforeItsTime) {
