@@ -15,6 +15,7 @@
 #include "kernels/error.h"
 #include "kernels/op_cases.h"
 #include "model/counting_backend.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
 #include "model/step_tables.h"
@@ -30,7 +31,7 @@ using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
   std::string what = "model", only, preset;
-  Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{0};
+  Size d{256}, layers{8}, vocab{16}, length{2048}, batch{1}, chunk{0}, train_chunk{0};
   double seconds = 2;
   bool json = false, train = true;
   CommonOptions common;
@@ -51,6 +52,8 @@ po::options_description describe(BenchOptions& options) {
       ("batch", option(options.batch, "COUNT"), "sequences at once")               //
       ("chunk", option(options.chunk, "SIZE"),
        "steps of all sequences in one pass of prefill; 0: as classify does")  //
+      ("train-chunk", option(options.train_chunk, "SIZE"),
+       "training: steps of a sequence at once; 0: whole")  //
       ("seconds", option(options.seconds, "NUMBER"),
        "time for each figure of a model; an op takes a tenth")  //
       ("only", po::value(&options.only)->value_name("NAME"),
@@ -205,7 +208,8 @@ class Workload {
     backend_.fill(numbers_, 0);
     const int64_t count = rows_->total();
     add_loss(backend_, rounded_ ? *rounded_ : trained_, view(ids_, count), *rows_,
-             view(targets_, count), {}, numbers_.view().slice(0, 1), &grad_);
+             view(targets_, count), {}, numbers_.view().slice(0, 1), &grad_, nullptr, 1,
+             {.chunk = options_.train_chunk});
     optimizer_->step(backend_, trained_, grad_, 1e-3, numbers_.view().slice(1, 1),
                      rounded_ ? &*rounded_ : nullptr);
   }
@@ -353,6 +357,7 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
   const auto request = [&](bool train) {
     return plan_memory(config, {.length = train ? length : chunk,
                                 .sequences = batch,
+                                .chunk = train ? options.train_chunk.value : 0,
                                 .matrices = matrices,
                                 .train = train,
                                 .device = backend.device()})
@@ -369,6 +374,7 @@ void bench_model(Backend& backend, const BenchOptions& options, Output& out) {
                    {"length", length},
                    {"batch", batch},
                    {"chunk", chunk},
+                   {"train_chunk", options.train_chunk.value},
                    {"copy_gb_per_s", limits.bytes / 1e9},
                    {"product_gflop_per_s", limits.flops / 1e9},
                    {"powers_per_s", limits.powers}};

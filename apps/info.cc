@@ -33,7 +33,7 @@ po::options_description describe(InfoOptions& options) {
       ("length", option(options.length, "SIZE"), "bases or steps of a sequence")  //
       ("batch", option(options.batch, "COUNT"), "sequences at once")              //
       ("chunk", option(options.chunk, "SIZE"),
-       "bases of a sequence at a time; 0: as classify and score choose")                    //
+       "bases of a sequence at a time; 0: as classify and score choose, in training all")   //
       ("train", po::bool_switch(&options.train), "plan for training instead of inference")  //
       ("json", po::bool_switch(&options.json), "JSON instead of text");
   text.add(describe(options.common));
@@ -123,18 +123,25 @@ std::string sizes_text(const Config& config) {
 }
 
 MemoryRequest request_of(const InfoOptions& options, const Config& config) {
-  const int64_t chunk =
-      options.chunk > 0 ? options.chunk.value : auto_batch(config, device_of(options.common));
-  int64_t sequences = options.batch;
-  if (options.train && options.length > 0)  // a larger batch is computed in parts
-    sequences = std::clamp<int64_t>(training_rows(device_of(options.common)) / options.length,
-                                    std::min<int64_t>(1, sequences), sequences);
+  const Device device = device_of(options.common);
+  int64_t chunk = options.chunk, sequences = options.batch;
+  if (!options.train && chunk == 0) chunk = auto_batch(config, device);
+  if (options.train && options.length > 0) {  // a larger batch is computed in parts
+    const int64_t most = training_rows(device);
+    sequences =
+        std::clamp<int64_t>((chunk > 0 ? std::min<int64_t>(most, chunk) : most) / options.length,
+                            std::min<int64_t>(1, sequences), sequences);
+  }
   return {.length = options.length,
           .sequences = sequences,
           .chunk = chunk,
           .matrices = matrix_dtype(options.common),
           .train = options.train,
-          .device = device_of(options.common)};
+          .device = device};
+}
+// Of a sequence at once.
+int64_t steps_of(const MemoryRequest& request) {
+  return request.chunk > 0 ? std::min(request.chunk, request.length) : request.length;
 }
 
 std::string text_of(const InfoOptions& options, const Config& config,
@@ -179,18 +186,26 @@ std::string text_of(const InfoOptions& options, const Config& config,
     text += fmt::format("{:<12}  {:>9}  {}\n", name, bytes_text(bytes), note);
   };
   if (request.train) {
-    text += fmt::format("\nmemory to train on {}\n", of);
+    const bool cut = steps_of(request) < request.length;
+    text += fmt::format(
+        "\nmemory to train on {}{}\n", of,
+        cut ? fmt::format(", {} at a time", with_commas(steps_of(request))) : std::string());
     line("weights", plan.weights, "f32");
     line("gradients", plan.gradients, "f32");
     line("moments", plan.moments, "f32, two of AdamW");
     if (plan.copy > 0) line("copy", plan.copy, "of the weights, matrices bf16");
+    if (cut)
+      line("states", plan.state,
+           fmt::format("of {} of a sequence, behind each",
+                       counted((request.length - 1) / request.chunk, "chunk")));
     line("activations", plan.activations,
-         request.sequences == options.batch ? "grow with batch × length"
-                                            : fmt::format("grow with length, of {} at a time",
-                                                          counted(request.sequences, "sequence")));
+         cut ? "grow with chunk, not with length"
+         : request.sequences == options.batch
+             ? "grow with batch × length"
+             : fmt::format("grow with length, of {} at a time",
+                           counted(request.sequences, "sequence")));
   } else {
-    text += fmt::format("\nmemory to read {}, {} at a time\n", of,
-                        with_commas(std::min(request.chunk, request.length)));
+    text += fmt::format("\nmemory to read {}, {} at a time\n", of, with_commas(steps_of(request)));
     line("weights", plan.weights, request.matrices == DType::bf16 ? "matrices bf16" : "f32");
     line("state", plan.state,
          fmt::format("{} a sequence, whatever its length",
@@ -243,20 +258,19 @@ std::string json_of(const InfoOptions& options, const Config& config,
          {"shape", param.info.shape},
          {"type", present ? Json(name_of(reader.info(param.info.name).type)) : Json(nullptr)}});
   }
-  json["memory"] = {
-      {"train", request.train},
-      {"length", request.length},
-      {"batch", options.batch.value},
-      {"at_once", request.sequences},
-      {"chunk", request.train ? request.length : std::min(request.chunk, request.length)},
-      {"weights", plan.weights},
-      {"state", plan.state},
-      {"activations", plan.activations},
-      {"gradients", plan.gradients},
-      {"moments", plan.moments},
-      {"copy", plan.copy},
-      {"workspace", plan.workspace},
-      {"total", plan.total()}};
+  json["memory"] = {{"train", request.train},
+                    {"length", request.length},
+                    {"batch", options.batch.value},
+                    {"at_once", request.sequences},
+                    {"chunk", steps_of(request)},
+                    {"weights", plan.weights},
+                    {"state", plan.state},
+                    {"activations", plan.activations},
+                    {"gradients", plan.gradients},
+                    {"moments", plan.moments},
+                    {"copy", plan.copy},
+                    {"workspace", plan.workspace},
+                    {"total", plan.total()}};
   return json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 

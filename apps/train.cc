@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <iostream>
+#include <sstream>
 
 #include "apps/command.h"
 #include "apps/inputs.h"
@@ -44,6 +45,48 @@ po::typed_value<bool>* flag(bool& member) {
       ->default_value(member, member ? "yes" : "no")
       ->implicit_value(true)
       ->zero_tokens();
+}
+
+int64_t size_of(const std::string& text, const char* option) {
+  std::istringstream in(text);
+  Size size;
+  if (!(in >> size) || in.peek() != std::istringstream::traits_type::eof())
+    throw UsageError(fmt::format("--{} '{}': expected a size such as 4k", option, text));
+  return size;
+}
+
+std::string chunk_text(int64_t chunk) {
+  return chunk == TrainOptions::kAutoChunk ? "auto" : fmt::format("{}", fmt::streamed(Size{chunk}));
+}
+
+// 1k:2,4k:2,16k: lengths and epochs; the last epochs may be left out.
+std::vector<std::pair<int64_t, double>> parse_lengths(const std::string& text) {
+  std::vector<std::pair<int64_t, double>> stages;
+  std::istringstream list(text);
+  for (std::string stage; std::getline(list, stage, ',');) {
+    const size_t colon = std::min(stage.find(':'), stage.size());
+    double epochs = 0;
+    if (colon < stage.size()) {
+      size_t end = 0;
+      try {
+        epochs = std::stod(stage.substr(colon + 1), &end);
+      } catch (const std::logic_error&) {
+      }
+      if (end == 0 || colon + 1 + end != stage.size() || !(epochs > 0))
+        throw UsageError(fmt::format(
+            "--lengths '{}': expected epochs of more than 0 behind the colon, found '{}'", text,
+            stage.substr(colon + 1)));
+    }
+    stages.emplace_back(size_of(stage.substr(0, colon), "lengths"), epochs);
+  }
+  return stages;
+}
+std::string lengths_text(const std::vector<std::pair<int64_t, double>>& stages) {
+  std::string text;
+  for (const auto& [length, epochs] : stages)
+    text += fmt::format("{}{}{}", text.empty() ? "" : ",", fmt::streamed(Size{length}),
+                        epochs > 0 ? fmt::format(":{:g}", epochs) : "");
+  return text;
 }
 
 template <class E>
@@ -133,7 +176,13 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        "audio: leave out begin and end below -DB of full scale (60 where no number is given)")  //
       ("min-length", size(o.min_length), "windows: shortest; 0: as --max-length")               //
       ("max-length", size(o.max_length),
-       "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024, of audio 8192)")    //
+       "windows: longest, drawn log-uniformly; 0: whole records (lm: 1024, of audio 8192)")  //
+      ("lengths",
+       po::value<std::string>()
+           ->default_value(lengths_text(o.lengths))
+           ->notifier([&o](const std::string& given) { o.lengths = parse_lengths(given); })
+           ->value_name("LIST"),
+       "windows: longest, and for how many epochs: 1k:2,4k:2,16k (the last to the end)")       //
       ("validation", option(o.validation, "PATH"), "file or folder; else a part is held out")  //
       ("validation-fraction", option(o.validation_fraction, "SHARE"),
        "held out where there is no --validation; 0: none")  //
@@ -147,10 +196,22 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("epochs", option(o.epochs, "NUMBER"), "passes over the data")                //
       ("steps", size(o.steps, "COUNT"), "instead of epochs; 0: from epochs")        //
       ("batch-tokens", size(o.batch_tokens), "bases or codes of audio in a batch")  //
-      ("lr", option(o.lr, "NUMBER"), "peak learning rate")                          //
-      ("min-lr", option(o.min_lr, "SHARE"), "at the end, as a part of --lr")        //
-      ("warmup", option(o.warmup, "SHARE"), "part of all steps")                    //
-      ("weight-decay", option(o.weight_decay, "NUMBER"), "AdamW's")                 //
+      ("accumulate", size(o.accumulate, "COUNT"), "batches of a step")              //
+      ("chunk",
+       po::value<std::string>()
+           ->default_value(chunk_text(o.chunk))
+           ->notifier([&o](const std::string& given) {
+             o.chunk = given == "auto" ? TrainOptions::kAutoChunk : size_of(given, "chunk");
+           })
+           ->value_name("SIZE"),
+       "tokens of a sequence at once, gradients exact all the same; 0: whole; auto: as memory "
+       "allows")  //
+      ("truncate", flag(o.truncate),
+       "with --chunk: gradients end where a chunk begins; the state is carried")  //
+      ("lr", option(o.lr, "NUMBER"), "peak learning rate")                        //
+      ("min-lr", option(o.min_lr, "SHARE"), "at the end, as a part of --lr")      //
+      ("warmup", option(o.warmup, "SHARE"), "part of all steps")                  //
+      ("weight-decay", option(o.weight_decay, "NUMBER"), "AdamW's")               //
       ("clip", option(o.clip, "NUMBER"), "largest gradient norm; 0: none");
   run.add_options()                                                  //
       ("output,o", option(o.out, "MODEL"), "model folder to write")  //
@@ -238,6 +299,11 @@ int run_train(int argc, char** argv) {
   if (options.data.empty()) throw UsageError("no data to train on");
   if (!given.values["condition-dropout"].defaulted() && !options.condition)
     throw UsageError("--condition-dropout is for a conditional model", "--condition");
+  if (!options.lengths.empty() && options.lengths.back().second > 0 && !options.resume)
+    for (const char* name : {"epochs", "steps"})
+      if (!given.values[name].defaulted())
+        throw UsageError(fmt::format("--{}: --lengths says where the run ends", name),
+                         "leave the last epochs of --lengths out");
   if (!options.audio) refuse_recordings(options.data, options.preset);
   std::vector<std::string> read = options.data;
   read.insert(read.end(), {options.validation, options.table, options.labels});

@@ -1,6 +1,5 @@
 // Embedding in front of the backbone, a head behind it: logits of the next token (tied to the
-// embedding or not) or of the classes (pooled over the sequence). The loss of a batch and its
-// gradient.
+// embedding or not) or of the classes (pooled over the sequence).
 #include "model/head.h"
 
 #include <utility>
@@ -9,16 +8,6 @@
 #include "model/step_tables.h"
 
 namespace coil {
-namespace {
-
-// dlogits → dhidden for logits = hidden W^T, and dW += dlogits^T hidden.
-void linear_backward(Backend& backend, const View& dlogits, const View& hidden, const View& weight,
-                     const View& dweight, const Tensor& dhidden) {
-  backend.run(Gemm{.a = dlogits, .b = hidden, .c = dweight, .ta = true, .beta = 1});
-  backend.run(Gemm{.a = dlogits, .b = weight, .c = dhidden});
-}
-
-}  // namespace
 
 std::vector<Param> declare(Model& model) {
   const Config& config = model.config;
@@ -181,99 +170,6 @@ Tensor class_logits(Backend& backend, const Model& model, View hidden, const Row
         Gemm{.a = features, .b = model.score, .c = logits, .bias = model.score_bias, .tb = true});
   if (pooled) *pooled = std::move(features);
   return logits;
-}
-
-BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
-                     View class_weights, Model* grad, Tensor* logits, double scale) {
-  const Tensor total(backend, DType::f64, {1});
-  backend.fill(total, 0);
-  BatchLoss result;
-  result.weight =
-      add_loss(backend, model, ids, rows, targets, class_weights, total, grad, logits, scale);
-  std::vector<std::byte> kept;
-  result.sum = *on_host(backend, total, kept).as<double>();
-  return result;
-}
-
-double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
-                View class_weights, View total, Model* grad, Tensor* logits_out, double scale) {
-  const bool lm = model.config.objective == Objective::lm;
-  COIL_ASSERT(targets.device.kind ==
-              Device::Kind::cpu);  // the mean needs the number of counted targets first
-  double weight = 0;
-  for (int64_t i = 0; i < targets.rows(); ++i) {
-    const int32_t target = *targets.row<int32_t>(i);
-    if (target < 0) continue;
-    const bool weighted =
-        class_weights && target < class_weights.rows();  // a target too high: the op refuses it
-    weight += weighted ? *class_weights.row<float>(target) : 1.0;
-  }
-  if (!(weight > 0)) grad = nullptr;
-
-  Saved saved;
-  const DType act = activations(backend, model.backbone);
-  Tensor kept_ids, kept_weights;
-  ids = brought(backend, ids, kept_ids);
-  Tensor h = hidden(backend, model, ids, rows, nullptr, grad ? &saved : nullptr);  // (t, d)
-  Tensor pooled;                                                                   // (m, d)
-  Tensor logits = lm ? lm_logits(backend, model, h)  // (t, v) or (m, classes)
-                     : class_logits(backend, model, h, rows, nullptr, grad ? &pooled : nullptr);
-  if (!lm) h = Tensor();
-
-  Tensor loss(backend, DType::f32, {logits.view().rows()});
-  Tensor dlogits;  // in place unless the caller wants the logits, or products want another type
-  const bool in_place = !logits_out && (!lm || act == DType::f32);
-  if (grad && !in_place)
-    dlogits = Tensor(backend, lm ? act : DType::f32, {logits.view().rows(), logits.view().cols()});
-  const View gradient = !grad ? View{} : (in_place ? logits : dlogits).view();
-  const View weights = brought(backend, class_weights, kept_weights);
-  const auto columns = [](const View& all, const Softmax& part) {
-    return all ? all.columns(part.begin, part.count) : all;
-  };
-  const std::vector<Softmax> parts =
-      lm ? softmaxes(model.config) : std::vector<Softmax>{{0, logits.view().cols()}};
-  for (const Softmax& part : parts) {
-    std::vector<int32_t> inside;
-    View own = targets;
-    if (parts.size() > 1) {
-      inside = targets_in(part, targets);
-      own = host_view(inside.data(), DType::i32, {targets.rows()});
-    }
-    Tensor kept_targets;
-    backend.run(CrossEntropy{.logits = columns(logits, part),
-                             .targets = brought(backend, own, kept_targets),
-                             .loss = loss,
-                             .dlogits = columns(gradient, part),
-                             .class_weights = weights,
-                             .total = total,
-                             .scale = grad ? static_cast<float>(scale / weight) : 1.0f});
-  }
-  loss = Tensor();
-  if (grad && in_place) dlogits = std::move(logits);
-  if (logits_out) *logits_out = std::move(logits);
-  if (!grad) return weight;
-
-  logits = Tensor();
-  Tensor dh(backend, act, {rows.total(), model.config.d});
-  if (lm) {
-    const Tensor& dweight = model.config.tie ? grad->embedding : grad->lm_head;
-    const int64_t v = model.config.predicted();
-    linear_backward(backend, dlogits, h, model.output().view().slice(0, v),
-                    dweight.view().slice(0, v), dh);
-    h = Tensor();
-  } else {
-    Tensor dpooled(backend, DType::f32, {rows.finished(), model.config.d});
-    linear_backward(backend, dlogits, pooled, model.score, grad->score, dpooled);
-    backend.run(SumRows{.x = dlogits, .out = grad->score_bias});
-    backend.run(
-        PoolBackward{.dy = dpooled, .dx = dh, .rows = &rows, .pooling = model.config.pooling});
-  }
-  dlogits = Tensor();
-  Tensor dx =
-      model.backbone.backward(backend, model.config, saved, rows, dh, nullptr, grad->backbone);
-  backend.run(
-      EmbedBackward{.ids = ids, .dy = dx, .dtable = grad->embedding, .dlabels = grad->labels});
-  return weight;
 }
 
 }  // namespace coil

@@ -74,20 +74,4 @@ Tensor step_logits(Backend& backend, const Model& model, const StepTables& table
 Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,
                    const Rows& rows, State* state);
 
-// One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
-// per sequence (classify), in host memory, as class_weights. Adds the sum of losses, in nats, to
-// total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss (sum / weight)
-// to grad; grad null: loss only. logits, if given, receives the (m, classes or t, predicted)
-// logits. Returns the weight: counted targets (sum of class weights). Waits for nothing.
-double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
-                View class_weights, View total, Model* grad, Tensor* logits = nullptr,
-                double scale = 1);
-// The same, waited for.
-struct BatchLoss {
-  double sum = 0;     // nats
-  double weight = 0;  // counted targets (sum of class weights)
-};
-BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
-                     View class_weights, Model* grad, Tensor* logits = nullptr, double scale = 1);
-
 }  // namespace coil

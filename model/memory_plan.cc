@@ -1,10 +1,12 @@
 #include "model/memory_plan.h"
 
 #include <algorithm>
+#include <limits>
 #include <optional>
 
 #include "kernels/error.h"
 #include "model/counting_backend.h"
+#include "model/loss.h"
 #include "model/optimizer.h"
 
 namespace coil {
@@ -21,7 +23,7 @@ void infer(Backend& backend, const Model& model, const Rows& rows, State& state)
 }
 
 // A step of training. Ids and targets are one number in host memory, repeated.
-void train(Backend& backend, const Model& model, const Rows& rows, Model& grad) {
+void train(Backend& backend, const Model& model, const Rows& rows, Model& grad, int64_t chunk) {
   int32_t zero = 0;
   const auto repeated = [&](int64_t count) {
     View view = host_view(&zero, DType::i32, {count});
@@ -31,7 +33,15 @@ void train(Backend& backend, const Model& model, const Rows& rows, Model& grad) 
   const bool lm = model.config.objective == Objective::lm;
   const Tensor total(backend, DType::f64, {1});
   add_loss(backend, model, repeated(rows.total()), rows,
-           repeated(lm ? rows.total() : rows.finished()), {}, total, &grad);
+           repeated(lm ? rows.total() : rows.finished()), {}, total, &grad, nullptr, 1,
+           {.chunk = chunk});
+}
+
+// What is kept behind so many chunks of a sequence.
+State kept_states(Backend& backend, const Config& config, int64_t count) {
+  State kept(backend, config, static_cast<int32_t>(count));
+  kept.pool = Tensor();
+  return kept;
 }
 
 }  // namespace
@@ -66,8 +76,26 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
       rounded = converted(backend, model, computed);
     plan.copy = held() - before;
     before = held();
-    train(backend, rounded ? *rounded : model,
-          Rows::equal(backend, request.sequences, request.length), grad);
+    int64_t length = request.length, sequences = request.sequences;
+    std::optional<State> kept;
+    if (request.chunk > 0 && length > request.chunk) {  // then each sequence is on its own
+      // Chunks in the middle are alike: a few are run, for the others their states are held.
+      constexpr int64_t kRun = 4;
+      const int64_t chunks = (length + request.chunk - 1) / request.chunk;
+      check(chunks <= std::numeric_limits<int32_t>::max(),
+            "memory plan: {} chunks of a sequence, expected fewer than 2^31", chunks);
+      kept = kept_states(backend, config, chunks - 1);
+      plan.state = held() - before;
+      kept.reset();
+      sequences = 1;
+      if (chunks > kRun) {
+        kept = kept_states(backend, config, chunks - kRun);
+        length -= (chunks - kRun) * request.chunk;
+      }
+    }
+    backend.restart_peak();
+    train(backend, rounded ? *rounded : model, Rows::equal(backend, sequences, length), grad,
+          request.chunk);
   } else {
     const int64_t steps =
         request.chunk > 0 ? std::min(request.chunk, request.length) : request.length;
@@ -80,7 +108,7 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     before = held();
     infer(backend, model, rows, state);
   }
-  plan.activations = backend.memory().peak - before;
+  plan.activations = backend.memory().peak - before - (request.train ? plan.state : 0);
   return plan;
 }
 

@@ -207,6 +207,17 @@ Batch Batches::draw(int64_t step) {
   return batch;
 }
 
+int64_t Batches::longest(int64_t step) const {
+  double epochs = 0;
+  for (const auto& [length, more] : options_.lengths) {
+    epochs += more;
+    const double batches =
+        epochs * static_cast<double>(tokens_) / static_cast<double>(options_.batch_tokens);
+    if (more == 0 || static_cast<double>(step) <= std::ceil(batches)) return length;
+  }
+  return options_.lengths.empty() ? options_.max_length : options_.lengths.back().first;
+}
+
 void Batches::draw_records(int64_t step, Batch& batch) {
   Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
   while (true) {
@@ -232,6 +243,7 @@ void Batches::draw_windows(int64_t step, Batch& batch) const {
   const int64_t unit = options_.front.step();  // codes of a base or sample: windows hold whole ones
   Philox random(options_.seed, kDrawStream, static_cast<uint64_t>(step));
   Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
+  const int64_t longest = this->longest(step), shortest = std::min(options_.min_length, longest);
   while (true) {
     const Pool& pool = pools_[random.below(pools_.size())];
     Example window;
@@ -240,7 +252,7 @@ void Batches::draw_windows(int64_t step, Batch& batch) const {
       const size_t which =
           std::upper_bound(pool.ends.begin(), pool.ends.end(), at) - pool.ends.begin();
       const Example& stretch = pool.stretches[which];
-      const int64_t drawn = draw_length(options_.min_length, options_.max_length, random);
+      const int64_t drawn = draw_length(shortest, longest, random);
       const int64_t length = std::min(stretch.length, unit * drawn);
       const auto places = static_cast<uint64_t>((stretch.length - length) / unit + 1);
       window = {stretch.record, stretch.begin + unit * static_cast<int64_t>(random.below(places)),
@@ -251,7 +263,7 @@ void Batches::draw_windows(int64_t step, Batch& batch) const {
     }
     const int64_t left = (options_.batch_tokens - batch.codes) / unit * unit;
     if (window.length > left) {  // cut to fit, or the batch is full
-      if (left < unit * options_.min_length) return;
+      if (left < unit * shortest) return;
       window.length = left;
     }
     add(batch, window, augment);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "kernels/tensor.h"
@@ -50,6 +51,8 @@ struct BatchOptions {
   Objective objective = Objective::classify;
   int64_t batch_tokens = 16384;            // codes
   int64_t min_length = 0, max_length = 0;  // bases or samples
+  // Windows: the longest of so many epochs, then of the next; 0: to the end. Empty: max_length.
+  std::vector<std::pair<int64_t, double>> lengths = {};
   bool reverse_complement = true;
   double mutate = 0;
   double condition_dropout = 0;  // share of examples without their label
@@ -60,7 +63,8 @@ struct BatchOptions {
 class Batches {
  public:
   Batches(const Examples& all, std::vector<Example> train, const BatchOptions& options);
-  Batch draw(int64_t step);
+  Batch draw(int64_t step);  // counted from 1: of batches, not of what is made of several
+  int64_t longest(int64_t step) const;        // window of that batch
   int64_t tokens() const { return tokens_; }  // of one epoch
 
   int64_t epoch = 0, next = 0;  // the cursor: of whole records

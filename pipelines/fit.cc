@@ -1,5 +1,7 @@
 #include "pipelines/fit.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "kernels/error.h"
@@ -40,6 +42,27 @@ int64_t fitting_batch(const Backend& backend, const Config& config, DType matric
     (*note)(fmt::format("{} of device memory are free: {} rows at a time instead of {}",
                         binary_size(room), rows, wanted));
   return rows;
+}
+
+int64_t fitting_chunk(const Backend& backend, const Config& config, DType matrices, int64_t longest,
+                      int64_t rows) {
+  const Memory memory = backend.memory();
+  const int64_t usable =
+      memory.room() >= 0
+          ? plannable(memory.room() + memory.in_use, backend.device())
+          : static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
+  const auto fits = [&](int64_t chunk) {
+    return plan_memory(config, {.length = std::max(longest, chunk > 0 ? chunk : rows),
+                                .chunk = chunk,
+                                .matrices = matrices,
+                                .train = true,
+                                .device = backend.device()})
+               .total() <= usable;
+  };
+  if (fits(0)) return 0;
+  int64_t chunk = rows;
+  while (chunk / 2 >= kFewestRows && !fits(chunk)) chunk /= 2;
+  return chunk;
 }
 
 std::string fitting_hint(const Backend& backend, const Config& config, DType matrices,

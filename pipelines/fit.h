@@ -25,6 +25,13 @@ int64_t plannable(int64_t room, Device device);
 int64_t fitting_batch(const Backend& backend, const Config& config, DType matrices,
                       const Note* note = nullptr);
 
+// Steps of a sequence that training can take at once, see Cut in model/loss.h: 0, whole, where the
+// longest fits beside the rest of training, of which nothing is held yet; else the largest half,
+// quarter, … of `rows`, the steps of whole sequences at once, that does. Of a CPU whose memory is
+// not known, half may be planned.
+int64_t fitting_chunk(const Backend& backend, const Config& config, DType matrices, int64_t longest,
+                      int64_t rows);
+
 // "--batch 32768 would fit": the largest half, quarter, … of `asked` rows for which a run with the
 // model would fit into what this program holds and what is free. Where none would, says so.
 std::string fitting_hint(const Backend& backend, const Config& config, DType matrices,

@@ -21,6 +21,7 @@
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 #include "pipelines/batches.h"
 #include "pipelines/fit.h"
@@ -92,6 +93,11 @@ void check_ranges(const TrainOptions& o) {
   within("steps", static_cast<double>(o.steps), 0, kAny);
   within("epochs", o.epochs, 0, kAny);
   within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
+  within("accumulate", static_cast<double>(o.accumulate), 1, 1 << 16);
+  if (o.chunk < TrainOptions::kAutoChunk)
+    throw UsageError(fmt::format("--chunk: expected 0 or more, or auto, found {}", o.chunk));
+  if (o.truncate && o.chunk == 0)
+    throw UsageError("--truncate ends gradients where a chunk begins", "--chunk 4k");
   if (!(o.lr > 0)) throw UsageError(fmt::format("--lr: expected more than 0, found {:g}", o.lr));
   within("min-lr", o.min_lr, 0, 1);
   within("warmup", o.warmup, 0, 1);
@@ -165,13 +171,15 @@ class Trainer {
   void check_folder() const;
   void read_data();
   Config network() const;
+  void settle_lengths();
   void resolve();
+  int64_t longest() const;
+  void settle_chunk(const Config& config);
   void restore();
   int loop();
-  Batch next_batch();
+  std::vector<Batch> next_batches();
   void train_step();
   void settle(size_t left);
-  double weight_of(std::span<const int32_t> targets) const;
   void evaluate_now();
   void save();
   [[noreturn]] void exploded(int64_t step, const std::string& what) const;
@@ -183,12 +191,12 @@ class Trainer {
   TrainingData data_;
   FrontEnd front_;
   std::unique_ptr<Batches> batches_;
-  std::future<Batch> ahead_;  // of the next step
+  std::future<std::vector<Batch>> ahead_;  // of the next step
   std::vector<float> class_weights_;
   Model model_, grad_;            // f32
   std::optional<Model> rounded_;  // with bf16 matrices
   std::unique_ptr<Optimizer> optimizer_;
-  std::optional<Rows> rows_;  // of the last part: where the next one's are the same, sent once
+  std::optional<Rows> rows_;  // of the last batch: where the next one's are the same, sent once
   struct Report {
     int64_t step;
     double weight;                   // of its targets
@@ -254,6 +262,58 @@ Config Trainer::network() const {
   return config;
 }
 
+// Length warm-up: windows as long as its longest are what is held out. An end of its last stage is
+// that of the run.
+void Trainer::settle_lengths() {
+  if (options_.lengths.empty()) return;
+  int64_t most = 0;
+  double epochs = 0;
+  for (size_t i = 0; i < options_.lengths.size(); ++i) {
+    const auto [length, more] = options_.lengths[i];
+    const bool last = i + 1 == options_.lengths.size();
+    if (length < 1 || !(more > 0 || (last && more == 0)))
+      throw UsageError(
+          fmt::format("--lengths: expected a length of 1 or more and epochs of more than 0, "
+                      "found {}:{:g}",
+                      length, more),
+          "--lengths 1k:2,4k:2,16k");
+    most = std::max(most, length);
+    epochs += more;
+    if (last && more > 0) options_.epochs = epochs;
+  }
+  if (options_.max_length != 0 && options_.max_length != most)
+    throw UsageError(
+        fmt::format("--max-length {}: the longest of --lengths is {}", options_.max_length, most));
+  options_.max_length = most;
+}
+
+// Of a window or record, in tokens: its codes, and what the front end puts before them.
+int64_t Trainer::longest() const {
+  const int64_t step = front_.step();
+  int64_t most = options_.max_length * step;
+  if (most == 0)
+    for (const Example& item : data_.parts.train) most = std::max(most, item.length);
+  return most + front_.prefix() + (front_.audio() && lm() ? step : 0);
+}
+
+// A run that is gone on with keeps what it began with.
+void Trainer::settle_chunk(const Config& config) {
+  if (options_.chunk != TrainOptions::kAutoChunk) return;
+  if (options_.resume && has_checkpoint(options_.out)) {
+    options_.chunk = parse_train_options(peek_checkpoint(options_.out).options).chunk;
+  } else {
+    const DType matrices = options_.precision == "bf16" ? DType::bf16 : DType::f32;
+    // A batch shorter than what is taken at once needs no room for more.
+    const int64_t rows =
+        std::clamp<int64_t>(options_.batch_tokens, kFewestRows, training_rows(backend_.device()));
+    options_.chunk = fitting_chunk(backend_, config, matrices, longest(), rows);
+    say(options_.chunk > 0 ? fmt::format("a sequence of {} does not fit whole: chunks of {}",
+                                         counted(longest(), "token"), with_commas(options_.chunk))
+                           : "sequences fit whole: no chunks");
+  }
+  options_.truncate &= options_.chunk > 0;
+}
+
 // What "0: automatic" stands for is settled once and recorded.
 void Trainer::resolve() {
   options_.threads = backend_.threads();
@@ -266,8 +326,9 @@ void Trainer::resolve() {
                                  lm() ? "loss" : "mcc, accuracy, auroc or loss"));
   if (options_.steps == 0) {
     const double tokens = options_.epochs * static_cast<double>(batches_->tokens());
-    options_.steps = std::max<int64_t>(
-        1, std::llround(std::ceil(tokens / static_cast<double>(options_.batch_tokens))));
+    const double of_a_step =
+        static_cast<double>(options_.batch_tokens) * static_cast<double>(options_.accumulate);
+    options_.steps = std::max<int64_t>(1, std::llround(std::ceil(tokens / of_a_step)));
   }
   if (options_.eval_every == 0)
     options_.eval_every = std::max<int64_t>(1, (options_.steps + kEvaluations - 1) / kEvaluations);
@@ -279,6 +340,7 @@ void Trainer::resolve() {
 void Trainer::begin() {
   check_ranges(options_);
   check_folder();
+  settle_lengths();
   read_data();
   const Config config = network();
   front_ = FrontEnd(config);
@@ -288,12 +350,14 @@ void Trainer::begin() {
                                              .batch_tokens = options_.batch_tokens,
                                              .min_length = options_.min_length,
                                              .max_length = options_.max_length,
+                                             .lengths = options_.lengths,
                                              .reverse_complement = options_.reverse_complement,
                                              .mutate = options_.mutate,
                                              .condition_dropout = config.condition_dropout,
                                              .seed = options_.seed,
                                              .front = front_});
   resolve();
+  settle_chunk(config);
   options_.d = config.d;
   options_.layers = static_cast<int64_t>(config.layers.size());
   options_.n = config.n;
@@ -436,25 +500,21 @@ std::string Trainer::memory_hint() const {
   const Memory memory = backend_.memory();
   if (memory.room() < 0) return "coil info MODEL --train --length … plans memory";
   const int64_t usable = plannable(memory.room() + memory.in_use, backend_.device());
-  // Of a window or record, in tokens: its codes, and what the front end puts before them.
-  const int64_t step = front_.step(),
-                before = front_.prefix() + (front_.audio() && lm() ? step : 0);
-  int64_t longest = options_.max_length * step;
-  if (longest == 0)
-    for (const Example& item : data_.parts.train) longest = std::max(longest, item.length);
-  longest += before;
+  const int64_t longest = this->longest();
   const DType matrices = options_.precision == "bf16" ? DType::bf16 : DType::f32;
   int64_t rows =
       std::min(options_.batch_tokens, std::max(longest, training_rows(backend_.device())));
   MemoryPlan plan;
-  for (rows /= 2; rows >= before + step; rows /= 2) {
-    plan = plan_memory(
-        network(),
-        {.length = rows, .matrices = matrices, .train = true, .device = backend_.device()});
+  if (options_.chunk > 0) rows = std::min(rows, options_.chunk);
+  for (rows /= 2; rows >= 1; rows /= 2) {
+    const bool cut = rows < longest;
+    plan = plan_memory(network(), {.length = cut ? longest : rows,
+                                   .chunk = cut ? rows : 0,
+                                   .matrices = matrices,
+                                   .train = true,
+                                   .device = backend_.device()});
     if (plan.total() > usable) continue;
-    if (rows >= longest) return fmt::format("--batch-tokens {} would fit", rows);
-    return fmt::format("windows of --max-length {} with --batch-tokens {} would fit",
-                       (rows - before) / step, rows);
+    return fmt::format("{} {} would fit", cut ? "--chunk" : "--batch-tokens", rows);
   }
   return fmt::format(
       "weights, gradients and moments alone take {}: a smaller network (--d-model, --layers), or "
@@ -462,68 +522,57 @@ std::string Trainer::memory_hint() const {
       binary_size(plan.total() - plan.activations));
 }
 
-// What the mean loss divides by.
-double Trainer::weight_of(std::span<const int32_t> targets) const {
-  double total = 0;
-  for (const int32_t target : targets)
-    if (target >= 0) total += class_weights_.empty() ? 1.0 : class_weights_[target];
-  return total;
-}
-
-// Beside a device the batch after it is drawn meanwhile.
-Batch Trainer::next_batch() {
+// Beside a device the batches after them are drawn meanwhile.
+std::vector<Batch> Trainer::next_batches() {
   const bool cpu = backend_.device().kind == Device::Kind::cpu;
   const auto draw = [&](int64_t step) {
-    ahead_ = std::async(cpu ? std::launch::deferred : std::launch::async,
-                        [this, step] { return batches_->draw(step); });
+    ahead_ = std::async(cpu ? std::launch::deferred : std::launch::async, [this, step] {
+      std::vector<Batch> batches;
+      for (int64_t i = options_.accumulate; i-- > 0;)
+        batches.push_back(batches_->draw(step * options_.accumulate - i));
+      return batches;
+    });
   };
   if (!ahead_.valid()) draw(step_ + 1);
-  Batch batch = ahead_.get();
+  std::vector<Batch> batches = ahead_.get();
   if (step_ + 1 < options_.steps) draw(step_ + 2);
-  return batch;
+  return batches;
 }
 
-// Several parts of at most so many rows, whose gradients add up to the batch's: memory is that of
-// a part, and a part's activations stay nearer to the core.
+// Several batches are one step on all of them: each counts by its targets.
 void Trainer::train_step() {
-  Batch batch = next_batch();
+  std::vector<Batch> batches = next_batches();
   const View weights = class_weights_.empty()
                            ? View{}
                            : host_view(class_weights_.data(), DType::f32,
                                        {static_cast<int64_t>(class_weights_.size())});
-  const double total = weight_of(batch.targets);
-  const int64_t most = training_rows(backend_.device());
+  const auto view = [](std::vector<int32_t>& numbers) {
+    return host_view(numbers.data(), DType::i32, {static_cast<int64_t>(numbers.size())});
+  };
+  double total = 0;
+  for (Batch& batch : batches) total += weight_of(view(batch.targets), weights);
   const Tensor numbers(backend_, DType::f64, {2});
   backend_.fill(numbers, 0);
   const View loss = numbers.view().slice(0, 1), squares = numbers.view().slice(1, 1);
   double counted = 0;
-  for (size_t begin = 0, end = 0; begin < batch.pieces.size(); begin = end) {
-    const int64_t first = batch.pieces[begin].begin;
-    int64_t t = 0;
-    std::vector<Piece> pieces;
-    for (; end < batch.pieces.size(); ++end) {
-      const Piece& piece = batch.pieces[end];
-      if (t > 0 && t + piece.length > most) break;
-      pieces.push_back({.begin = t, .length = piece.length});
-      t += piece.length;
-    }
-    const int64_t target = lm() ? first : static_cast<int64_t>(begin);
-    const int64_t targets = lm() ? t : static_cast<int64_t>(end - begin);
-    if (!rows_ || !std::ranges::equal(rows_->pieces(), pieces))
-      rows_.emplace(backend_, std::move(pieces));
-    counted += add_loss(backend_, computing(), host_view(batch.ids.data() + first, DType::i32, {t}),
-                        *rows_, host_view(batch.targets.data() + target, DType::i32, {targets}),
-                        weights, loss, &grad_, nullptr,
-                        weight_of(std::span(batch.targets).subspan(target, targets)) / total);
+  for (Batch& batch : batches) {
+    if (!rows_ || !std::ranges::equal(rows_->pieces(), batch.pieces))
+      rows_.emplace(backend_, batch.pieces);
+    const double share = weight_of(view(batch.targets), weights) / total;
+    counted += add_loss(backend_, computing(), view(batch.ids), *rows_, view(batch.targets),
+                        weights, loss, &grad_, nullptr, share,
+                        {.rows = training_rows(backend_.device()),
+                         .chunk = options_.chunk,
+                         .truncate = options_.truncate});
+    progress_.tokens += static_cast<int64_t>(batch.ids.size());
+    rate_tokens_ += static_cast<int64_t>(batch.ids.size());
   }
   ++step_;
   optimizer_->step(backend_, model_, grad_, learning_rate(options_, step_), squares,
                    rounded_ ? &*rounded_ : nullptr);
   reports_.push_back({step_, counted, std::make_unique<Fetch>(backend_, numbers)});
-  progress_.epoch = batch.epoch;
-  progress_.next = batch.next;
-  progress_.tokens += static_cast<int64_t>(batch.ids.size());
-  rate_tokens_ += static_cast<int64_t>(batch.ids.size());
+  progress_.epoch = batches.back().epoch;
+  progress_.next = batches.back().next;
   settle(1);
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "model/optimizer.h"
@@ -32,6 +33,9 @@ struct TrainOptions {
   bool condition = false;
   double condition_dropout = 0.1;          // share of examples trained without their label
   int64_t min_length = 0, max_length = 0;  // windows, in bases or samples; 0: whole records
+  // Longest windows of the run's first epochs, of the next ones, …: pairs of length and epochs. The
+  // last stage may say 0 epochs: to the end of the run. Empty: max_length throughout.
+  std::vector<std::pair<int64_t, double>> lengths;
   int64_t d = 128, layers = 4, n = 16;
   int64_t dt_rank = 0;            // 0: dt_rank_of(d)
   std::string mixers = "mamba1";  // of the layers, repeated: see parse_mixers, add_stages
@@ -47,6 +51,12 @@ struct TrainOptions {
   int64_t steps = 0;  // 0: from epochs
   double epochs = 6;
   int64_t batch_tokens = 8192;  // a batch holds sequences up to this many tokens
+  int64_t accumulate = 1;       // batches of a step, whose counted targets count alike
+  // Tokens of a sequence computed at once, see Cut in model/loss.h; 0: whole, kAutoChunk: as memory
+  // allows, settled when the run begins.
+  static constexpr int64_t kAutoChunk = -1;
+  int64_t chunk = 0;
+  bool truncate = false;  // gradients end where a chunk begins
   double lr = 4e-3, min_lr = 0.05 /* of lr, end of the cosine */, warmup = 0.05 /* of all steps */;
   double weight_decay = 0.1, clip = 1.0;
   bool reverse_complement = true;  // augmentation, and both strands averaged in evaluation

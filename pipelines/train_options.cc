@@ -37,7 +37,8 @@ constexpr std::string_view kLater[] = {
     "trim",      "labels",     "label_pattern", "condition",
     "mixers",    "s4d_states", "s4d_init",      "topology",
     "pool",      "widths",     "mlp",           "condition_dropout",
-    "dt_rank"};
+    "dt_rank",   "lengths",    "accumulate",    "chunk",
+    "truncate"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -61,6 +62,7 @@ void visit(Options& o, F f) {
   f("condition_dropout", o.condition_dropout, true);
   f("min_length", o.min_length, true);
   f("max_length", o.max_length, true);
+  f("lengths", o.lengths, true);
   f("d", o.d, true);
   f("layers", o.layers, true);
   f("n", o.n, true);
@@ -75,6 +77,9 @@ void visit(Options& o, F f) {
   f("steps", o.steps, true);
   f("epochs", o.epochs, true);
   f("batch_tokens", o.batch_tokens, true);
+  f("accumulate", o.accumulate, true);
+  f("chunk", o.chunk, true);
+  f("truncate", o.truncate, true);
   f("lr", o.lr, true);
   f("min_lr", o.min_lr, true);
   f("warmup", o.warmup, true);

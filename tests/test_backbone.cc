@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "kernels/error.h"
+#include "model/loss.h"
 #include "tests/model_testing.h"
 
 namespace coil {

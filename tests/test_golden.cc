@@ -14,6 +14,7 @@
 #include <sstream>
 
 #include "kernels/error.h"
+#include "model/loss.h"
 #include "model/optimizer.h"
 #include "model/safetensors.h"
 #include "tests/test_device.h"

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <limits>
 
+#include "model/loss.h"
 #include "model/optimizer.h"
 #include "tests/model_testing.h"
 

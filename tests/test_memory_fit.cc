@@ -10,6 +10,8 @@
 #include <fstream>
 
 #include "kernels/error.h"
+#include "model/checkpoint.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 #include "model/optimizer.h"
 #include "pipelines/classify.h"
@@ -94,7 +96,7 @@ void expect_as_planned(Backend& backend, const Config& config, const MemoryReque
     const Rows pieces = Rows::equal(backend, request.sequences, request.length);
     backend.restart_peak();
     batch_loss(backend, rounded ? *rounded : model, ids_view(ids), pieces, ids_view(targets), {},
-               &grad);
+               &grad, nullptr, 1, {.chunk = request.chunk});
     peak = backend.memory().peak;
   } else {
     const Model model = converted(backend, make_model(backend, config, 1), request.matrices);
@@ -111,10 +113,12 @@ void expect_as_planned(Backend& backend, const Config& config, const MemoryReque
     peak = backend.memory().peak;
   }
   const double ratio = static_cast<double>(planned) / static_cast<double>(peak);
-  fmt::print("[ memory   ] {} d {} x {} vocabulary {}, {} x {} {}: planned {}, peak {}, {:.3f}\n",
-             request.train ? "training" : "inference", config.d, config.layers.size(), config.vocab,
-             request.sequences, request.length, name_of(request.matrices), binary_size(planned),
-             binary_size(peak), ratio);
+  fmt::print(
+      "[ memory   ] {} d {} x {} vocabulary {}, {} x {} {}, chunk {}: planned {}, peak {}, "
+      "{:.3f}\n",
+      request.train ? "training" : "inference", config.d, config.layers.size(), config.vocab,
+      request.sequences, request.length, name_of(request.matrices), request.chunk,
+      binary_size(planned), binary_size(peak), ratio);
   EXPECT_GT(ratio, 0.87);
   EXPECT_LT(ratio, 1.15);
 }
@@ -155,8 +159,10 @@ TEST_F(MemoryFit, ThePlanIsWhatIsAllocated) {
         expect_as_planned(*backend, *config, request);
         request.train = true;
         request.length /= 2;
-        if (backend->activations(matrices) == matrices)
-          expect_as_planned(*backend, *config, request);
+        if (backend->activations(matrices) != matrices) continue;
+        expect_as_planned(*backend, *config, request);
+        request.chunk = 300 * scale;
+        if (sequences == 1) expect_as_planned(*backend, *config, request);
       }
     }
   }
@@ -437,6 +443,61 @@ TEST_F(MemoryFit, TrainingThatDoesNotFitSaysWhichBatchWould) {
   }
   options.batch_tokens = hinted(hint, "--batch-tokens");
   EXPECT_EQ(options.batch_tokens, tokens / 4);
+  std::filesystem::remove_all(options.out);
+  EXPECT_EQ(train(*make_limited(limit), options), 0);
+  std::filesystem::remove_all(folder);
+}
+
+// What does not fit whole is trained on in chunks that do; the run keeps them when it is resumed.
+TEST_F(MemoryFit, TrainingInChunksOfAutoFits) {
+  const int64_t tokens = training_rows(make_limited(kNoLimit)->device()) * 2;
+  const std::string folder = testing::TempDir() + "memory_auto_" + std::to_string(getpid());
+  std::filesystem::create_directories(folder);
+  std::string text = ">r\n";
+  for (const uint8_t code : random_codes(2 * tokens, 3, 0)) text += "-ACGT"[code];
+  std::ofstream(folder + "/x.fa") << text << '\n';
+  TrainOptions options{.data = {folder + "/x.fa"}, .validation_fraction = 0, .out = folder + "/m"};
+  options.objective = Objective::lm;
+  options.max_length = options.batch_tokens = tokens;
+  options.d = 32;
+  options.layers = 2;
+  options.steps = 2;
+  options.chunk = TrainOptions::kAutoChunk;
+  const Config config = network(options.d, options.layers, 16);
+  const Device device = make_limited(kNoLimit)->device();
+  const int64_t part =
+      plan_memory(config, {.length = tokens, .chunk = tokens / 8, .train = true, .device = device})
+          .total();
+  const int64_t limit = part + std::max(part - plannable(part, device), part / 14) + (1 << 20);
+  std::string lines;
+  const TrainHooks hooks{.line = [&](const std::string& line) { lines += line + "\n"; }};
+  EXPECT_EQ(train(*make_limited(limit), options, hooks), 0);
+  EXPECT_NE(lines.find("does not fit whole: chunks of "), lines.npos) << lines;
+  const auto recorded = [&] {
+    return parse_train_options(peek_checkpoint(options.out).options).chunk;
+  };
+  const int64_t chunk = recorded();
+  EXPECT_LE(chunk, tokens / 4);
+  EXPECT_GE(chunk, tokens / 16);
+  options.resume = true;  // with all memory there is: nothing is chosen anew
+  EXPECT_EQ(train(*make_limited(kNoLimit), options), 0);
+  EXPECT_EQ(recorded(), chunk);
+
+  options.resume = false;
+  options.out = folder + "/whole";
+  EXPECT_EQ(train(*make_limited(kNoLimit), options), 0);
+  EXPECT_EQ(recorded(), 0);
+
+  options.chunk = 0;  // what is asked for is an error, and the hint fits
+  options.out = folder + "/hint";
+  std::string hint;
+  try {
+    train(*make_limited(limit), options);
+    FAIL() << "fits into " << binary_size(limit);
+  } catch (const OutOfMemory& error) {
+    hint = error.hint();
+  }
+  options.chunk = hinted(hint, "--chunk");
   std::filesystem::remove_all(options.out);
   EXPECT_EQ(train(*make_limited(limit), options), 0);
   std::filesystem::remove_all(folder);

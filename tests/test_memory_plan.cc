@@ -68,6 +68,24 @@ TEST(MemoryPlan, TrainingHoldsEveryLayer) {
   EXPECT_LT(plan.activations, 5 * 4 * saved);
 }
 
+TEST(MemoryPlan, TrainingInChunksGrowsByAStateAChunk) {
+  const Config config = small();
+  const auto plan = [&](int64_t length) {
+    return plan_memory(
+        config,
+        {.length = length, .sequences = 3, .chunk = 1000, .matrices = DType::bf16, .train = true});
+  };
+  const MemoryPlan few = plan(10'000), many = plan(1'000'000'000);
+  EXPECT_EQ(few.activations, many.activations);
+  const int64_t state = 3 * (4 * (config.w - 1) * config.e + 4 * config.e * config.n);
+  EXPECT_EQ(few.state, 9 * state);
+  EXPECT_EQ(many.state, 999'999 * state);
+  // Beside a batch of one chunk only the states at hand, their gradients and small numbers.
+  const MemoryPlan one = plan_memory(config, {.length = 1000, .train = true});
+  EXPECT_LT(few.activations, one.activations + 10 * state);
+  EXPECT_EQ(plan(1000).state, 0);
+}
+
 TEST(MemoryPlan, RefusesWhatIsNoPlan) {
   EXPECT_THROW(plan_memory(small(), {.length = 0}), Error);
   EXPECT_THROW(plan_memory(small(), {.length = 5, .sequences = 0}), Error);

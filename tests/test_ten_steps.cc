@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/error.h"
+#include "model/loss.h"
 #include "model/optimizer.h"
 #include "tests/model_testing.h"
 

@@ -21,6 +21,7 @@
 #include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
+#include "model/loss.h"
 #include "model/params.h"
 #include "pipelines/batches.h"
 #include "pipelines/evaluate.h"

@@ -1,0 +1,279 @@
+// A batch goes through in parts: whole sequences together, or one long sequence, in chunks. A part
+// of one chunk is the plain case: forward, head, backward, and no state.
+#include "model/loss.h"
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+#include "kernels/error.h"
+
+namespace coil {
+namespace {
+
+// dlogits → dhidden, times `share`, for logits = hidden W^T.
+void linear_backward(Backend& backend, const View& dlogits, const View& weight,
+                     const Tensor& dhidden, double share = 1) {
+  backend.run(Gemm{.a = dlogits, .b = weight, .c = dhidden, .alpha = static_cast<float>(share)});
+}
+// dW += dlogits^T hidden.
+void add_weight_gradient(Backend& backend, const View& dlogits, const View& hidden,
+                         const View& dweight) {
+  backend.run(Gemm{.a = dlogits, .b = hidden, .c = dweight, .ta = true, .beta = 1});
+}
+
+void copy_slot(Backend& backend, const State& from, int64_t slot, const State& to, int64_t other) {
+  const auto sources = from.tensors(), targets = to.tensors();
+  for (size_t i = 0; i < sources.size(); ++i)
+    backend.copy(sources[i].second.slice(slot, 1), targets[i].second.slice(other, 1));
+}
+
+struct Common {  // what the parts of a batch share
+  Backend& backend;
+  const Model& model;
+  View class_weights, total;
+  Model* grad;
+  Tensor* logits;
+  float scale;  // of the gradient of the sum
+  bool truncate;
+
+  bool lm() const { return model.config.objective == Objective::lm; }
+};
+
+// Adds the losses to the total. Returns the logits' gradient: in their place unless the caller
+// wants them, or products want another type.
+Tensor cross_entropy(const Common& all, Tensor logits, View targets) {
+  const DType act = all.lm() ? activations(all.backend, all.model.backbone) : DType::f32;
+  const bool in_place = !all.logits && act == DType::f32;
+  Tensor dlogits;
+  if (all.grad && !in_place)
+    dlogits = Tensor(all.backend, act, {logits.view().rows(), logits.view().cols()});
+  const View gradient = !all.grad ? View{} : (in_place ? logits : dlogits).view();
+  const Tensor loss(all.backend, DType::f32, {logits.view().rows()});
+  const auto columns = [](const View& of, const Softmax& part) {
+    return of ? of.columns(part.begin, part.count) : of;
+  };
+  const std::vector<Softmax> parts =
+      all.lm() ? softmaxes(all.model.config) : std::vector<Softmax>{{0, logits.view().cols()}};
+  for (const Softmax& part : parts) {
+    std::vector<int32_t> inside;
+    View own = targets;
+    if (parts.size() > 1) {
+      inside = targets_in(part, targets);
+      own = host_view(inside.data(), DType::i32, {targets.rows()});
+    }
+    Tensor kept_targets;
+    all.backend.run(CrossEntropy{.logits = columns(logits, part),
+                                 .targets = brought(all.backend, own, kept_targets),
+                                 .loss = loss,
+                                 .dlogits = columns(gradient, part),
+                                 .class_weights = all.class_weights,
+                                 .total = all.total,
+                                 .scale = all.scale});
+  }
+  if (all.grad && in_place) dlogits = std::move(logits);
+  if (all.logits) *all.logits = std::move(logits);
+  return dlogits;
+}
+
+// Whole sequences together, or one in chunks. Two slots hold the states before and behind the chunk
+// at hand, two their gradients, in turn: a chunk reads where the one before it wrote.
+class Part {
+ public:
+  Part(const Common& all, View ids, View targets, const Rows& rows, int64_t chunk)
+      : all_(all),
+        backend_(all.backend),
+        model_(all.model),
+        ids_(ids),
+        targets_(targets),
+        rows_(rows),
+        chunk_(chunk),
+        count_((rows.total() + chunk - 1) / chunk) {}
+
+  void add() {
+    // Where no gradient comes back from a later chunk, each is done with when its turn comes.
+    const bool mean = model_.config.pooling == Pooling::mean;
+    const bool once = !all_.grad || (all_.truncate && (all_.lm() || !mean));
+    if (count_ > 1) {
+      state_.emplace(backend_, model_.config, 2);
+      if (!once) {
+        kept_.emplace(backend_, model_.config, static_cast<int32_t>(count_ - 1));
+        kept_->pool = Tensor();
+        if (!all_.truncate) dstate_.emplace(backend_, model_.config, 2);
+      }
+    }
+    for (int64_t i = 0; i < count_; ++i) {
+      const bool last = i + 1 == count_;
+      compute(i, last || (once && all_.lm()));
+      if (!last && !once) copy_slot(backend_, *state_, to(i), *kept_, i);
+    }
+    if (once) return;
+    for (int64_t i = count_ - 1; i-- > 0;) {
+      if (i > 0) copy_slot(backend_, *kept_, i - 1, *state_, from(i));
+      compute(i, true);
+    }
+  }
+
+ private:
+  int32_t from(int64_t i) const { return i == 0 ? -1 : static_cast<int32_t>((i - 1) % 2); }
+  int32_t to(int64_t i) const { return i + 1 == count_ ? -1 : static_cast<int32_t>(i % 2); }
+
+  // Chunk i: forward; where it is `whole`, its loss and backward too.
+  void compute(int64_t i, bool whole) {
+    const int64_t begin = i * chunk_, length = std::min(chunk_, rows_.total() - begin);
+    std::optional<Rows> piece;
+    if (count_ > 1)
+      piece.emplace(backend_, std::vector<Piece>{{.length = length,
+                                                  .position = begin,
+                                                  .from = from(i),
+                                                  .to = to(i),
+                                                  .last = i + 1 == count_}});
+    const Rows& rows = piece ? *piece : rows_;
+    State* const state = state_ ? &*state_ : nullptr;
+    Tensor kept_ids;
+    const View ids = brought(backend_, ids_.slice(begin, length), kept_ids);
+    Saved saved;
+    Model* const grad = all_.grad;
+    Tensor h = hidden(backend_, model_, ids, rows, state, grad && whole ? &saved : nullptr);
+    Tensor dh;  // (t, d)
+    if (all_.lm()) {
+      if (whole) dh = next_token(std::move(h), targets_.slice(begin, length));
+    } else {
+      if (!dlogits_) classify(h, rows, state);
+      h = Tensor();
+      if (grad && whole) dh = of_pooling(i, length);
+    }
+    if (!grad || !whole) return;
+    const Tensor dx = model_.backbone.backward(backend_, model_.config, saved, rows, dh,
+                                               dstate_ ? &*dstate_ : nullptr, grad->backbone);
+    backend_.run(
+        EmbedBackward{.ids = ids, .dy = dx, .dtable = grad->embedding, .dlabels = grad->labels});
+  }
+
+  // h (t, d) → dh (t, d).
+  Tensor next_token(Tensor h, View targets) const {
+    const Tensor dlogits =  // (t, v)
+        cross_entropy(all_, lm_logits(backend_, model_, h), targets);
+    Model* const grad = all_.grad;
+    if (!grad) return {};
+    const int64_t v = model_.config.predicted();
+    const Tensor& dweight = model_.config.tie ? grad->embedding : grad->lm_head;
+    add_weight_gradient(backend_, dlogits, h, dweight.view().slice(0, v));
+    linear_backward(backend_, dlogits, model_.output().view().slice(0, v), h);
+    return h;
+  }
+
+  // Pools h (t, d); the classes' loss once the sequences have ended.
+  void classify(const Tensor& h, const Rows& rows, State* state) {
+    Tensor pooled;                                                            // (m, d)
+    Tensor logits = class_logits(backend_, model_, h, rows, state, &pooled);  // (m, classes)
+    if (rows.finished() == 0) return;
+    dlogits_ = cross_entropy(all_, std::move(logits), targets_);
+    Model* const grad = all_.grad;
+    if (!grad) return;
+    add_weight_gradient(backend_, dlogits_, pooled, grad->score);
+    backend_.run(SumRows{.x = dlogits_, .out = grad->score_bias});
+  }
+
+  // dh (t, d) of chunk i. A mean over the sequence is the chunks' means, each by its share of it.
+  Tensor of_pooling(int64_t i, int64_t length) const {
+    const Pooling pooling = model_.config.pooling;
+    Tensor dh(backend_, activations(backend_, model_.backbone), {length, model_.config.d});
+    if (pooling == Pooling::last && i + 1 < count_) {
+      backend_.fill(dh, 0);
+      return dh;
+    }
+    const bool mean = pooling == Pooling::mean;
+    const double share =
+        mean ? static_cast<double>(length) / static_cast<double>(rows_.total()) : 1;
+    const Tensor dpooled(backend_, DType::f32, {rows_.finished(), model_.config.d});
+    linear_backward(backend_, dlogits_, model_.score, dpooled, share);
+    std::optional<Rows> alone;
+    if (count_ > 1) alone.emplace(Rows::equal(backend_, 1, length));
+    backend_.run(PoolBackward{
+        .dy = dpooled, .dx = dh, .rows = alone ? &*alone : &rows_, .pooling = pooling});
+    return dh;
+  }
+
+  const Common& all_;
+  Backend& backend_;
+  const Model& model_;
+  View ids_, targets_;
+  const Rows& rows_;
+  int64_t chunk_, count_;
+  std::optional<State> state_, dstate_;  // two slots
+  std::optional<State> kept_;            // behind each chunk but the last
+  Tensor dlogits_;                       // (m, classes)
+};
+
+}  // namespace
+
+double weight_of(View targets, View class_weights) {
+  double weight = 0;
+  for (int64_t i = 0; i < targets.rows(); ++i) {
+    const int32_t target = *targets.row<int32_t>(i);
+    if (target < 0) continue;
+    const bool weighted =
+        class_weights && target < class_weights.rows();  // a target too high: the op refuses it
+    weight += weighted ? *class_weights.row<float>(target) : 1.0;
+  }
+  return weight;
+}
+
+double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                View class_weights, View total, Model* grad, Tensor* logits, double scale,
+                const Cut& cut) {
+  COIL_ASSERT(targets.device.kind ==
+              Device::Kind::cpu);  // the mean needs the number of counted targets first
+  const double weight = weight_of(targets, class_weights);
+  if (!(weight > 0)) grad = nullptr;
+  Tensor kept_weights;
+  const Common all{.backend = backend,
+                   .model = model,
+                   .class_weights = brought(backend, class_weights, kept_weights),
+                   .total = total,
+                   .grad = grad,
+                   .logits = logits,
+                   .scale = grad ? static_cast<float>(scale / weight) : 1,
+                   .truncate = cut.truncate};
+
+  const int64_t t = rows.total(), chunk = cut.chunk > 0 ? cut.chunk : std::max<int64_t>(t, 1);
+  const int64_t most = std::min(cut.rows > 0 ? cut.rows : t, chunk);
+  const std::span<const Piece> sequences = rows.pieces();
+  if (t <= most || (sequences.size() == 1 && t <= chunk)) {
+    Part(all, ids, targets, rows, chunk).add();
+    return weight;
+  }
+  COIL_ASSERT(!logits);
+  for (size_t begin = 0, end = 0; begin < sequences.size(); begin = end) {
+    std::vector<Piece> pieces;
+    int64_t length = 0;
+    for (; end < sequences.size(); ++end) {
+      if (length > 0 && length + sequences[end].length > most) break;
+      pieces.push_back({.begin = length, .length = sequences[end].length});
+      length += sequences[end].length;
+    }
+    const int64_t first = sequences[begin].begin;
+    const View own =
+        all.lm() ? targets.slice(first, length)
+                 : targets.slice(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin));
+    const Rows part(backend, std::move(pieces));
+    Part(all, ids.slice(first, length), own, part, chunk).add();
+  }
+  return weight;
+}
+
+BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                     View class_weights, Model* grad, Tensor* logits, double scale,
+                     const Cut& cut) {
+  const Tensor total(backend, DType::f64, {1});
+  backend.fill(total, 0);
+  BatchLoss result;
+  result.weight =
+      add_loss(backend, model, ids, rows, targets, class_weights, total, grad, logits, scale, cut);
+  std::vector<std::byte> kept;
+  result.sum = *on_host(backend, total, kept).as<double>();
+  return result;
+}
+
+}  // namespace coil

@@ -1,0 +1,42 @@
+// The loss of a batch of training and its gradient, exact through sequences of any length in memory
+// that the length does not set. A sequence longer than a chunk is computed in chunks: forward over
+// all of them, keeping of each only the state behind it; then from the last to the first, forward
+// again from the state before it, kept whole, and backward, the gradient of the state handed from
+// chunk to chunk. (Chen et al. 2016 recompute layers so; here it is time.) That costs one forward
+// more of all chunks but the last.
+#pragma once
+
+#include "model/head.h"
+
+namespace coil {
+
+// How much of a batch is computed at once. Whatever it says, the gradients are those of the whole
+// batch, but for rounding and for `truncate`.
+struct Cut {
+  int64_t rows = 0;       // steps of whole sequences, taken together; 0: all
+  int64_t chunk = 0;      // steps at most: a longer sequence is cut; 0: none is
+  bool truncate = false;  // gradients end where a chunk begins; the state is carried all the same
+};
+
+// One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
+// per sequence (classify), in host memory, as class_weights. Adds the sum of losses, in nats, to
+// total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss (sum / weight)
+// to grad; grad null: loss only. logits, if given, receives the (m, classes or t, predicted)
+// logits of a batch that is not cut. Returns the weight: counted targets (sum of class weights).
+// Waits for nothing.
+double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                View class_weights, View total, Model* grad, Tensor* logits = nullptr,
+                double scale = 1, const Cut& cut = {});
+// The same, waited for.
+struct BatchLoss {
+  double sum = 0;     // nats
+  double weight = 0;  // counted targets (sum of class weights)
+};
+BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
+                     View class_weights, Model* grad, Tensor* logits = nullptr, double scale = 1,
+                     const Cut& cut = {});
+
+// What the mean divides by: counted targets, each by its class's weight if there are any.
+double weight_of(View targets, View class_weights);
+
+}  // namespace coil
