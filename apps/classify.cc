@@ -137,17 +137,6 @@ po::options_description describe(Options& options) {
   return description;
 }
 
-double parse_min_probability(const std::string& text) {
-  if (text == "auto") return -1;
-  char* end = nullptr;
-  const double value = std::strtod(text.c_str(), &end);
-  if (text.empty() || *end != '\0' || !(value >= 0 && value <= 1)) {
-    throw UsageError(
-        fmt::format("--min-probability: '{}' is neither auto nor a number between 0 and 1", text));
-  }
-  return value;
-}
-
 void check_combination(const Options& options) {
   if (options.window == 0 && options.stride != 0) throw UsageError("--stride needs --window");
   if (options.input.paired && (options.per_file || options.window != 0)) {

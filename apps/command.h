@@ -27,7 +27,9 @@ struct Command {
 
 int run_bench(int argc, char** argv);
 int run_calibrate(int argc, char** argv);
+int run_batch(int argc, char** argv);
 int run_classify(int argc, char** argv);
+int run_embed(int argc, char** argv);
 int run_convert(int argc, char** argv);
 int run_dataset(int argc, char** argv);
 int run_eval(int argc, char** argv);

@@ -261,6 +261,17 @@ void settle_strands(const Config& config, bool defaulted, std::string& strands) 
   strands = "forward";
 }
 
+double parse_min_probability(const std::string& text) {
+  if (text == "auto") return -1;
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0' || !(value >= 0 && value <= 1)) {
+    throw UsageError(
+        fmt::format("--min-probability: '{}' is neither auto nor a number between 0 and 1", text));
+  }
+  return value;
+}
+
 std::vector<std::string> files_of(const InputOptions& options) {
   std::vector<std::string> files = options.inputs;
   files.push_back(options.bed);

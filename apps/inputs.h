@@ -56,6 +56,8 @@ std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& op
                                     const LabelChoice& choice);
 // Strands of a model of audio: forward. Throws where another one was asked for by name.
 void settle_strands(const Config& config, bool defaulted, std::string& strands);
+// --min-probability of a classifier: auto (-1) or 0 to 1.
+double parse_min_probability(const std::string& text);
 std::vector<std::string> files_of(const InputOptions& options);  // all that are read
 std::vector<std::string> files_of_model(const std::string& folder);
 

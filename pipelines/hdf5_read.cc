@@ -16,11 +16,14 @@ class DatasetSource final : public Source {
       : dataset_(std::move(dataset)),
         labelled_(options.labelled),
         most_(options.most),
+        end_(options.end < 0 ? dataset_->records() : options.end),
+        whole_(options.first == 0 && options.end < 0),
         label_(options.label),
         split_(dataset_->find_split(options.split)),
         width_(hdf5::size_of(dataset_->what().type())),
         step_(dataset_->what().step()),
         chunk_size_(dataset_->chunk_size()),
+        loaded_(options.first),
         chunks_(*dataset_, options) {
     for (const std::string& name : dataset_->classes()) {
       const auto place = std::find(options.labels.begin(), options.labels.end(), name);
@@ -84,14 +87,14 @@ class DatasetSource final : public Source {
       row_ = 0;
       load();
     }
-    check(record_ > 0, "{}: no records{}", dataset_->path(),
+    check(record_ > 0 || !whole_, "{}: no records{}", dataset_->path(),
           split_ < 0 ? "" : fmt::format(" in split {}", dataset_->splits()[split_]));
     return false;
   }
 
   // The next block of records, and the chunks that they stand in.
   void load() {
-    const int64_t count = std::min(kRecords, dataset_->records() - loaded_);
+    const int64_t count = std::min(kRecords, end_ - loaded_);
     if (count <= 0) return;
     blocks_.push_back(dataset_->read(loaded_, count));
     loaded_ += count;
@@ -139,14 +142,15 @@ class DatasetSource final : public Source {
 
   std::shared_ptr<const Dataset> dataset_;
   const bool labelled_;
-  const int64_t most_;
+  const int64_t most_, end_;
+  const bool whole_;
   const int32_t label_;
   const int8_t split_;
   const int64_t width_, step_, chunk_size_;
   std::vector<int32_t> label_of_;  // of the dataset's classes
   std::deque<Dataset::Records> blocks_;
   size_t row_ = 0;       // in the first of them
-  int64_t loaded_ = 0;   // records
+  int64_t loaded_;       // records
   int64_t pushed_ = -1;  // the last chunk asked for
   int64_t record_ = 0, position_ = 0, at_ = 0, chunk_ = -1;
   const std::vector<uint8_t>* raw_ = nullptr;  // chunk_

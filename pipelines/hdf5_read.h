@@ -24,6 +24,7 @@ struct DatasetReading {
   int32_t label = -1;               // of all records, where it is not their own that counts
   std::vector<std::string> labels;  // of a model: another one is an error; empty: the dataset's
   int64_t most = 0;                 // records, the first ones; 0: all
+  int64_t first = 0, end = -1;      // records of the dataset, of which none may be wanted; -1: all
   int threads = 0;                  // 0: all
   int64_t memory = 16 << 20;        // bytes of chunks read ahead, at most
 };

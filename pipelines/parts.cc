@@ -160,6 +160,12 @@ std::string PartStore::path(int64_t unit) const {
   return fmt::format("{}/{:08}.part", folder_, unit);
 }
 
+void PartStore::discard(const std::string& output) {
+  std::error_code error;
+  fs::remove_all(output + ".parts", error);
+  check(!error, "cannot remove '{}.parts': {}", output, error.message());
+}
+
 bool PartStore::exist(const std::string& output) { return fs::is_directory(output + ".parts"); }
 
 bool PartStore::has(int64_t unit) const { return fs::exists(path(unit)); }

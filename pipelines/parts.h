@@ -69,6 +69,7 @@ class PartStore {
   const std::string& folder() const { return folder_; }
 
   static bool exist(const std::string& output);
+  static void discard(const std::string& output);  // whatever they were made from
   static Part read_file(const std::string& path);
 
  private:

@@ -1,5 +1,6 @@
 #include "pipelines/score.h"
 
+#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <limits>
@@ -36,7 +37,13 @@ std::vector<float> losses_of(Backend& backend, const Model& model, const FrontEn
 }
 
 // What a unit's values are.
-enum Values : size_t { kNats, kCounted, kSecondNats, kSecondCounted /* since its last line */ };
+enum Values : size_t {
+  kNats,
+  kCounted,
+  kSecondNats,  // since its last line
+  kSecondCounted,
+  kPositions,  // from here on log p of each position that is not handed on yet
+};
 
 // The lines of a unit as its codes come by.
 class Track {
@@ -73,13 +80,32 @@ class Track {
   int64_t rate_;
 };
 
+// Adds piece i of a batch to its unit: log p of its bases or samples, one after another.
+void add_positions(const Stream::Batch& batch, size_t i, const std::vector<float>& nats,
+                   const FrontEnd& front) {
+  constexpr double kNot = std::numeric_limits<double>::quiet_NaN();
+  const Piece& piece = batch.pieces[i];
+  std::vector<double>& values = batch.units[i]->values;
+  if (piece.position == 0 && front.prefix() == 0) values.push_back(kNot);  // nothing precedes it
+  for (int64_t row = 0; row < piece.length; row++) {
+    const int32_t next = batch.next[piece.begin + row];
+    if (next < 0) continue;
+    const double value = front.counted(next) ? -nats[piece.begin + row] : kNot;
+    const int64_t code = piece.position + row + 1 - front.prefix();
+    if (code % front.step() == 0)
+      values.push_back(value);
+    else
+      values.back() += value;  // the fine code of a sample
+  }
+}
+
 // Adds piece i of a batch to its unit: nats and codes counted, and its lines where there is a
 // track.
 void add(const Stream::Batch& batch, size_t i, const std::vector<float>& nats,
          const FrontEnd& front, const Track* track) {
   const Piece& piece = batch.pieces[i];
   Stream::Unit& unit = *batch.units[i];
-  unit.values.resize(4);
+  unit.values.resize(std::max<size_t>(unit.values.size(), kPositions));
   const int64_t next = piece.position + 1 - front.prefix() - piece.begin;  // code after row 0
   for (int64_t row = piece.begin; row < piece.begin + piece.length; row++) {
     if (!front.counted(batch.next[row])) continue;
@@ -96,8 +122,10 @@ void add(const Stream::Batch& batch, size_t i, const std::vector<float>& nats,
 void score(Backend& backend, const Model& model, Source& source, const ScoreOptions& options,
            const std::function<void(const Score&)>& emit,
            const std::function<void(const std::string&)>& per_base,
-           const std::function<void(const Stream&)>& progress) {
-  COIL_ASSERT(!options.per_base || options.stream.strands == Strands::forward);
+           const std::function<void(const Stream&)>& progress,
+           const std::function<void(std::span<const float>)>& per_position) {
+  COIL_ASSERT(!(options.per_base || options.per_position) ||
+              options.stream.strands == Strands::forward);
   const FrontEnd front_end(model.config);
   const Track lines(front_end, model.config.audio.rate);
   const Track* const track = options.per_base ? &lines : nullptr;
@@ -105,7 +133,19 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
     return losses_of(own, model, front_end, batch, state);  // (t)
   };
   const auto add_all = [&](const Stream::Batch& batch, const std::vector<float>& nats) {
-    for (size_t i = 0; i < batch.pieces.size(); i++) add(batch, i, nats, front_end, track);
+    for (size_t i = 0; i < batch.pieces.size(); i++) {
+      add(batch, i, nats, front_end, track);
+      if (options.per_position) add_positions(batch, i, nats, front_end);
+    }
+  };
+  std::vector<float> positions;
+  // But for the last one of a unit that goes on: its fine code may come yet.
+  const auto hand_on = [&](std::vector<double>& values, bool whole) {
+    const auto begin = values.begin() + kPositions, end = values.end() - (whole ? 0 : 1);
+    if (begin >= end) return;
+    positions.assign(begin, end);
+    per_position(positions);
+    values.erase(begin, end);
   };
   Stream::Unit unit;
   const auto turn = [&](Stream& stream) {
@@ -115,7 +155,10 @@ void score(Backend& backend, const Model& model, Source& source, const ScoreOpti
         per_base(front->text);
         front->text.clear();
       }
-      if (!stream.pop(unit)) break;
+      const bool done = stream.pop(unit);
+      std::vector<double>& values = done ? unit.values : front->values;
+      if (options.per_position && values.size() > kPositions) hand_on(values, done);
+      if (!done) break;
       emit({.name = unit.name,
             .begin = unit.begin,
             .end = unit.end,

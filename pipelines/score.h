@@ -7,6 +7,7 @@
 #pragma once
 
 #include <functional>
+#include <span>
 #include <string>
 
 #include "model/head.h"
@@ -16,7 +17,9 @@ namespace coil {
 
 struct ScoreOptions {
   StreamOptions stream{.strands = Strands::forward};
-  bool per_base = false;  // or, of audio, per second; forward strand only
+  // Of the forward strand only: text per base or, of audio, per second; or a number of each base or
+  // sample.
+  bool per_base = false, per_position = false;
 };
 
 struct Score {
@@ -32,10 +35,13 @@ void check_language_model(const Config& config, const std::string& where);
 
 // Scores in input order. With per_base, `per_base` receives text in bedGraph: name, start, end and
 // the bits -log2 p of each counted base, in input order too, as it is made. Of audio a line per
-// second of each recording: name, start and end in seconds, samples, their mean bits.
+// second of each recording: name, start and end in seconds, samples, their mean bits. With
+// per_position, `per_position` receives log p in nats of every base or sample, NaN where it is not
+// counted, before the score that they belong to.
 void score(Backend& backend, const Model& model, Source& source, const ScoreOptions& options,
            const std::function<void(const Score&)>& emit,
            const std::function<void(const std::string&)>& per_base = {},
-           const std::function<void(const Stream&)>& progress = {});
+           const std::function<void(const Stream&)>& progress = {},
+           const std::function<void(std::span<const float>)>& per_position = {});
 
 }  // namespace coil
