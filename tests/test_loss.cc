@@ -5,6 +5,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
+#include <cstdlib>
 
 #include "kernels/error.h"
 #include "tests/model_testing.h"
@@ -17,6 +19,8 @@ struct Case {
   const char* head;  // lm | mean | last
 };
 std::string name_of(const Case& test) { return std::string(test.network) + "_" + test.head; }
+
+void PrintTo(const Case& test, std::ostream* out) { *out << name_of(test); }
 
 Config config_of(const Case& test) {
   const std::string network = test.network;
@@ -179,6 +183,13 @@ TEST_P(LossInChunks, TruncatedGradientsEndWhereAChunkBegins) {
 }
 
 #ifdef COIL_TEST_CUDA
+TEST_P(LossInChunks, OfAMillionStepsTheyDoNotDependOnTheChunk) {
+  const bool small = std::getenv("COIL_SMALL_SHAPES") != nullptr;  // compute-sanitizer
+  const int64_t length = small ? 3000 : 1 << 20;
+  Records records(model_.config, {length}, 13);
+  expect_same(records, {{.chunk = length / 64}, {.chunk = length / 16 + 5}}, 1e-3);
+}
+
 TEST_P(LossInChunks, InBf16TheyAreWithinItsRounding) {
   const auto cpu = make_cpu_backend();
   model_ = converted(*backend_, lively_model(*cpu, model_.config, 29), DType::bf16);
