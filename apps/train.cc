@@ -47,7 +47,7 @@ po::typed_value<bool>* flag(bool& member) {
       ->zero_tokens();
 }
 
-int64_t size_of(const std::string& text, const char* option) {
+int64_t size_from(const std::string& text, const char* option) {
   std::istringstream in(text);
   Size size;
   if (!(in >> size) || in.peek() != std::istringstream::traits_type::eof())
@@ -77,7 +77,7 @@ std::vector<std::pair<int64_t, double>> parse_lengths(const std::string& text) {
             "--lengths '{}': expected epochs of more than 0 behind the colon, found '{}'", text,
             stage.substr(colon + 1)));
     }
-    stages.emplace_back(size_of(stage.substr(0, colon), "lengths"), epochs);
+    stages.emplace_back(size_from(stage.substr(0, colon), "lengths"), epochs);
   }
   return stages;
 }
@@ -85,7 +85,7 @@ std::string lengths_text(const std::vector<std::pair<int64_t, double>>& stages) 
   std::string text;
   for (const auto& [length, epochs] : stages)
     text += fmt::format("{}{}{}", text.empty() ? "" : ",", fmt::streamed(Size{length}),
-                        epochs > 0 ? fmt::format(":{:g}", epochs) : "");
+                        epochs > 0 ? fmt::format(":{}", epochs) : "");
   return text;
 }
 
@@ -201,7 +201,7 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        po::value<std::string>()
            ->default_value(chunk_text(o.chunk))
            ->notifier([&o](const std::string& given) {
-             o.chunk = given == "auto" ? TrainOptions::kAutoChunk : size_of(given, "chunk");
+             o.chunk = given == "auto" ? TrainOptions::kAutoChunk : size_from(given, "chunk");
            })
            ->value_name("SIZE"),
        "tokens of a sequence at once, gradients exact all the same; 0: whole; auto: as memory "

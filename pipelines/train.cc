@@ -390,7 +390,7 @@ void Trainer::begin() {
     say("note: nothing is held out to validate with: the last model is kept");
   say(fmt::format("{}: {}; {} of {}, learning rate {:g}, {}", network_text(config),
                   counted(parameters(config), "parameter"), counted(options_.steps, "step"),
-                  counted(options_.batch_tokens, "token"), options_.lr,
+                  counted(options_.batch_tokens * options_.accumulate, "token"), options_.lr,
                   counted(options_.threads, "thread")));
   if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
     std::vector<double> counts(data_.all.labels.size(), 0);
