@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <deque>
 #include <future>
@@ -392,10 +393,17 @@ BuildResult build_dataset(const BuildInput& input, const BuildOptions& options) 
   const std::string manifest = manifest_of(input, options, true);
   std::vector<int64_t> bytes(input.sources.size(), -1);
   std::vector<uint32_t> sums(input.sources.size(), 0);
-  auto summed = std::async(std::launch::async, [&] {
-    for (size_t i = 0; i < input.sources.size(); ++i)
-      if (input.sources[i] != "-") sums[i] = hdf5::crc32_of_file(input.sources[i], 0, bytes[i]);
+  std::atomic<bool> stop = false;
+  std::future<void> summed = std::async(std::launch::async, [&] {
+    for (size_t i = 0; i < input.sources.size() && !stop; ++i)
+      if (input.sources[i] != "-")
+        sums[i] = hdf5::crc32_of_file(input.sources[i], 0, bytes[i], &stop);
   });
+  // What fails does not wait for the sums of the rest.
+  const struct Stop {
+    std::atomic<bool>& flag;
+    ~Stop() { flag = true; }
+  } stopped{stop};
   BuildResult result;
   if (::access(options.out.c_str(), F_OK) == 0) {
     summed.get();

@@ -107,7 +107,8 @@ Seal read_seal(const std::string& path) {
   return seal;
 }
 
-uint32_t crc32_of_file(const std::string& path, int64_t from, int64_t& bytes) {
+uint32_t crc32_of_file(const std::string& path, int64_t from, int64_t& bytes,
+                       const std::atomic<bool>* stop) {
   const int descriptor = open_to_read(path);
   std::vector<uint8_t> block(1 << 20);
   uint32_t crc = 0;
@@ -119,6 +120,10 @@ uint32_t crc32_of_file(const std::string& path, int64_t from, int64_t& bytes) {
     if (count <= 0) ::close(descriptor);
     check(count >= 0, "{}: cannot read: {}", path, std::strerror(reason));
     if (count == 0) return crc;
+    if (stop && *stop) {
+      ::close(descriptor);
+      return crc;
+    }
     crc = crc32({block.data(), static_cast<size_t>(count)}, crc);
     bytes += count;
   }

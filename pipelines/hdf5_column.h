@@ -12,6 +12,7 @@
 // Errors are one line: the file, what was expected, what was found.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -68,8 +69,9 @@ struct Seal {
   uint32_t crc = 0;
 };
 Seal read_seal(const std::string& path);  // throws where the block has changed
-// Reads the whole file: the CRC-32 of what follows the block.
-uint32_t crc32_of_file(const std::string& path, int64_t from, int64_t& bytes);
+// CRC-32 of a file from a byte on, and how many bytes that are. `stop`: true ends it early.
+uint32_t crc32_of_file(const std::string& path, int64_t from, int64_t& bytes,
+                       const std::atomic<bool>* stop = nullptr);
 
 std::string seal_block(const Seal& seal);  // the 512 bytes
 

@@ -13,8 +13,9 @@ struct Verdict {
 };
 
 // Reads all of it: the length and the checksum of the file and, where these are right or another
-// program wrote the file anew, the shapes and the checksum of every dataset and chunk. Where `path` does not exist and PATH.parts does: each of its parts, and that
-// none is missing. Throws where there is nothing to look at.
+// program wrote the file anew, the shapes and the checksum of every dataset and chunk. Where `path`
+// does not exist and PATH.parts does: each of its parts, and that none is missing. Throws where
+// there is nothing to look at.
 Verdict verify_dataset(const std::string& path, int threads);
 
 }  // namespace coil
