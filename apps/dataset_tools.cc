@@ -7,9 +7,11 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/dataset.h"
+#include "apps/results.h"
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "pipelines/hdf5_read.h"
+#include "pipelines/hdf5_results.h"
 #include "pipelines/hdf5_verify.h"
 #include "pipelines/run_log.h"
 #include "pipelines/windows.h"
@@ -163,7 +165,10 @@ int run_dataset_info(int argc, char** argv) {
     return 0;
   if (o.path.empty()) throw UsageError("no DATASET given");
   Output out("");
-  print_info(Dataset(o.path), out);
+  if (is_results(o.path))
+    print_results_info(o.path, out);
+  else
+    print_info(Dataset(o.path), out);
   out.close();
   return 0;
 }
@@ -197,11 +202,19 @@ int run_dataset_merge(int argc, char** argv) {
   text.add(describe(o.output));
   po::variables_map values;
   if (!parse(argc, argv, "dataset merge -o OUT DATASET...",
-             "Joins datasets: their records one after another, classes and splits by name.", text,
-             {"datasets"}, true, values))
+             "Joins datasets: their records one after another, classes and splits by name. Or the "
+             "results\nof the shards of coil batch.",
+             text, {"datasets"}, true, values))
     return 0;
   if (o.paths.empty()) throw UsageError("no DATASET given");
   check_outputs({o.output.out}, o.paths);
+  if (is_results(o.paths[0])) {
+    if (o.output.out.empty()) throw UsageError("no output given: -o OUT");
+    const OutputLock lock(o.output.out, o.output.force);
+    merge_results(o.output.out, o.paths);
+    fmt::print(stderr, "{}: {}\n", o.output.out, counted(std::ssize(o.paths), "shard"));
+    return 0;
+  }
   const Joined joined(o.paths);
   return build_and_tell(joined.input(o.paths, {.threads = o.output.threads}), o.output,
                         Json{{"merge", true}}.dump());
@@ -266,10 +279,18 @@ int run_dataset_head(int argc, char** argv) {
   text.add(describe(o.output));
   po::variables_map values;
   if (!parse(argc, argv, "dataset head DATASET [-n COUNT] [-o OUT]",
-             "The first records: a table with how each begins or, with -o, a dataset of them.",
+             "The first records: a table with how each begins or, with -o, a dataset of them. Of "
+             "results: a\ntable of them (-n 0: all).",
              text, {"datasets"}, false, values))
     return 0;
   if (o.paths.empty()) throw UsageError("no DATASET given");
+  if (o.paths.size() == 1 && is_results(o.paths[0])) {
+    if (most < 0) throw UsageError("--records: expected at least 1, or 0 for all");
+    Output out(o.output.out);
+    print_results(o.paths[0], most, out);
+    out.close();
+    return 0;
+  }
   if (most < 1) throw UsageError("--records: expected at least 1");
   const Joined joined(o.paths);
   const DatasetReading reading{.split = split, .most = most, .threads = o.output.threads};

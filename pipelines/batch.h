@@ -31,7 +31,7 @@ struct BatchWork {
   bool per_position = false;        // score, embed
   Pooling pooling = Pooling::mean;  // embed
   std::string layer;                // embed, as it is to be named
-  int64_t part_size = 8'000'000;    // bases or samples
+  int64_t part_size = 1'000'000;    // bases or samples
   int64_t shard = 1, shards = 1;    // the shard-th of so many
   bool force = false;               // see OutputLock
   std::vector<std::string> sources;
