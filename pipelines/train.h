@@ -77,6 +77,8 @@ struct TrainOptions {
 void apply_preset(const std::string& name,
                   TrainOptions& options);  // throws UsageError on an unknown name
 std::vector<std::string> preset_names();
+// Throws UsageError where options do not go together or are out of range.
+void check_ranges(const TrainOptions& options);
 // What the options say of the network; vocabulary, objective and front end depend on the data.
 Config network_of(const TrainOptions& options);
 

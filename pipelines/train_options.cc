@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "kernels/error.h"
+#include "pipelines/training_data.h"
 #include "pipelines/train.h"
 
 namespace coil {
@@ -156,6 +157,79 @@ Config network_of(const TrainOptions& options) {
       config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
   if (unet || !mamba || config.mlp > 0) config.model_type = "coil";
   return config;
+}
+
+namespace {
+
+// What only one kind of data has.
+void check_audio(const TrainOptions& o) {
+  const auto refuse = [&](bool given, const char* option) {
+    if (!given) return;
+    if (o.audio) throw UsageError(fmt::format("--{} is for DNA", option));
+    throw UsageError(fmt::format("--{} is for audio", option), "--preset audio-small");
+  };
+  parse_codes(o.codes);
+  if (o.audio) {
+    refuse(o.mutate > 0, "mutate");
+    refuse(!o.table.empty(), "table");
+    if (o.condition && o.objective != Objective::lm)
+      throw UsageError("--condition is for a language model: it does not go with --task classify");
+    if (!o.condition && o.objective == Objective::lm &&
+        !(o.labels.empty() && o.label_pattern.empty()))
+      throw UsageError(
+          "--labels, --label-pattern: a language model is given labels with --condition");
+    if (!o.labels.empty() && !o.label_pattern.empty())
+      throw UsageError("--labels, --label-pattern: expected one of them, not both");
+    if (o.balance && o.objective == Objective::lm)
+      throw UsageError("--balance is for a classifier");
+  } else {
+    refuse(o.rate > 0, "rate");
+    refuse(o.codes != "mulaw", "codes");
+    refuse(o.trim > 0, "trim");
+    refuse(o.condition, "condition");
+    refuse(!o.labels.empty(), "labels");
+    refuse(!o.label_pattern.empty(), "label-pattern");
+  }
+}
+
+}  // namespace
+
+void check_ranges(const TrainOptions& o) {
+  const auto within = [](const char* name, double value, double low, double high) {
+    if (!(value >= low && value <= high))
+      throw UsageError(fmt::format("--{}: expected {}, found {:.12g}", name,
+                                   std::isinf(high) ? fmt::format("{:g} or more", low)
+                                                    : fmt::format("{:.12g} to {:.12g}", low, high),
+                                   value));
+  };
+  constexpr double kAny = std::numeric_limits<double>::infinity();
+  within("d-model", static_cast<double>(o.d), 1, 1 << 16);
+  within("layers", static_cast<double>(o.layers), 1, 1 << 12);
+  within("state", static_cast<double>(o.n), 1, 1 << 12);
+  within("dt-rank", static_cast<double>(o.dt_rank), 0, 1 << 12);
+  within("s4d-states", static_cast<double>(o.s4d_states), 1, 128);
+  within("mlp", static_cast<double>(o.mlp), -1, 64);
+  within("steps", static_cast<double>(o.steps), 0, kAny);
+  within("epochs", o.epochs, 0, kAny);
+  within("batch-tokens", static_cast<double>(o.batch_tokens), 1, kAny);
+  within("accumulate", static_cast<double>(o.accumulate), 1, 1 << 16);
+  if (o.chunk < TrainOptions::kAutoChunk)
+    throw UsageError(fmt::format("--chunk: expected 0 or more, or auto, found {}", o.chunk));
+  if (o.truncate && o.chunk == 0)
+    throw UsageError("--truncate ends gradients where a chunk begins", "--chunk 4k");
+  if (!(o.lr > 0)) throw UsageError(fmt::format("--lr: expected more than 0, found {:g}", o.lr));
+  within("min-lr", o.min_lr, 0, 1);
+  within("warmup", o.warmup, 0, 1);
+  within("weight-decay", o.weight_decay, 0, kAny);
+  within("clip", o.clip, 0, kAny);
+  within("mutate", o.mutate, 0, 1);
+  within("condition-dropout", o.condition_dropout, 0, 1);
+  within("validation-fraction", o.validation_fraction, 0, 0.5);
+  within("max-minutes", o.max_minutes, 0, kAny);
+  within("trim", o.trim, 0, 200);
+  within("rate", static_cast<double>(o.rate), 0, 1 << 24);
+  check_audio(o);
+  if (o.from.empty()) network_of(o);  // else the network is that of a model
 }
 
 std::string to_json(const TrainOptions& options) {
