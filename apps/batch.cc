@@ -4,6 +4,7 @@
 
 #include <unistd.h>
 
+#include <charconv>
 #include <chrono>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -63,10 +64,13 @@ Pooling parse_pooling(const std::string& text) {
 }
 
 void parse_shard(const std::string& text, BatchWork& work) {
-  int end = 0;
-  const bool read = std::sscanf(text.c_str(), "%ld/%ld%n", &work.shard, &work.shards, &end) == 2 &&
-                    static_cast<size_t>(end) == text.size();
-  if (!read || work.shard < 1 || work.shard > work.shards)
+  constexpr int64_t kMost = 1'000'000;
+  const char *const begin = text.data(), *const end = begin + text.size();
+  const auto first = std::from_chars(begin, end, work.shard);
+  const bool slash = first.ec == std::errc() && first.ptr != end && *first.ptr == '/';
+  const auto second = std::from_chars(slash ? first.ptr + 1 : end, end, work.shards);
+  if (!slash || second.ec != std::errc() || second.ptr != end || work.shard < 1 ||
+      work.shard > work.shards || work.shards > kMost)
     throw UsageError(fmt::format("--shard '{}': expected i/n, 1/n to n/n", text));
 }
 
@@ -107,10 +111,9 @@ BatchWork work_of(Options& o, const Config& config, Task task, const po::variabl
 // Everything that has a say in the numbers.
 Json manifest_of(const Options& o, const BatchWork& work, Device device) {
   Json model;
-  for (const char* name : {"config.json", "model.safetensors"}) {
+  for (const std::string& path : files_of_model(o.model)) {
     int64_t bytes = 0;
-    const std::string path = o.model + "/" + name;
-    if (std::filesystem::exists(path)) model[name] = hdf5::crc32_of_file(path, 0, bytes);
+    model[std::filesystem::path(path).filename().string()] = hdf5::crc32_of_file(path, 0, bytes);
   }
   Json manifest{{"task", name_of(work.task)},
                 {"model", model},
@@ -127,7 +130,7 @@ Json manifest_of(const Options& o, const BatchWork& work, Device device) {
     manifest["layer"] = work.layer;
     if (!work.per_position) manifest["pooling"] = o.pooling;
   }
-  if (!o.labels.label.empty()) manifest["label"] = o.labels.label;
+  if (!o.labels.label.empty()) manifest["label"] = o.labels.label;  // one of the model's
   return manifest;
 }
 
@@ -140,6 +143,11 @@ Model loaded(Backend& backend, const Options& o) {
   Model model = load_model(backend, o.model, matrix_dtype(o.common));
   if (o.layer > 0) keep_layers(model, o.layer, o.model);
   return model;
+}
+
+void refuse_existing(const std::string& out) {
+  if (std::filesystem::exists(out))
+    throw Error(fmt::format("'{}' exists", out), "name another output, or remove it");
 }
 
 void print_end(const std::string& out, const std::string& what) {
@@ -188,7 +196,8 @@ int run_batch(int argc, char** argv) {
        "conditional model: the label of all records; else the dataset's")                      //
       ("shard", option(o.shard, "i/n"), "the i-th of n parts of the work: see dataset merge")  //
       ("part-size", option(o.part, "SIZE"),
-       "bases or samples computed at a time by each thread, which is the most that a kill costs; "
+       "records that begin within so many bases or samples are one thread's work, and what a kill "
+       "costs; "
        "where left out 16M on a GPU, less with embed --per-position")  //
       ("force", po::bool_switch(&o.force),
        "take over from a process of another host, which must not live any more");
@@ -202,7 +211,7 @@ int run_batch(int argc, char** argv) {
     return 0;
   if (o.model.empty()) throw UsageError("no MODEL given");
   if (o.dataset.empty()) throw UsageError("no DATASET given");
-  if (o.out.empty()) throw UsageError("no output given: -o OUT");
+  o.out = hdf5_output(o.out);
   const Task task = parse_task(o.task);
   const Config config = read_config(o.model);
   BatchWork work = work_of(o, config, task, values);
@@ -236,13 +245,15 @@ int run_batch(int argc, char** argv) {
   manifest["part_size"] = work.part_size;
   work.manifest = manifest.dump(2);
   const Model model = loaded(*backend, o);
-  // Of a CPU a part is one thread's work.
-  std::vector<std::unique_ptr<Backend>> threads;
-  std::vector<Backend*> backends{backend.get()};
+  // Of a CPU a part is one thread's work. On a GPU two are under way: while the host looks at one's
+  // batch the other's is computed.
+  std::vector<std::unique_ptr<Backend>> more;
+  std::vector<Backend*> backends;
   if (device.kind == Device::Kind::cpu) {
-    backends.clear();
     for (int i = 0; i < backend->threads(); ++i)
-      backends.push_back(threads.emplace_back(make_cpu_backend(1)).get());
+      backends.push_back(more.emplace_back(make_cpu_backend(1)).get());
+  } else {
+    backends = {backend.get(), more.emplace_back(make_backend(o.common)).get()};
   }
   work.interrupted = [&] { return signals.taken() != 0; };
   BatchDone done;
@@ -269,9 +280,11 @@ int run_embed(int argc, char** argv) {
   Options o;
   o.task = name_of(Task::embed);
   po::options_description text("Options");
-  text.add_options()                                                       //
-      ("model", po::value(&o.model)->value_name("MODEL"), "model folder")  //
-      ("output,o", po::value(&o.out)->value_name("OUT"), "the HDF5 file of vectors");
+  text.add_options()                                                                  //
+      ("model", po::value(&o.model)->value_name("MODEL"), "model folder")             //
+      ("output,o", po::value(&o.out)->value_name("OUT"), "the HDF5 file of vectors")  //
+      ("force", po::bool_switch(&o.force),
+       "take over from a process of another host, which must not live any more");
   describe_vectors(text, o);
   text.add(describe(o.input))
       .add(describe_split(o.input.split))
@@ -285,7 +298,7 @@ int run_embed(int argc, char** argv) {
              text, {"model", "input"}, true, values))
     return 0;
   if (o.model.empty()) throw UsageError("no MODEL given");
-  if (o.out.empty()) throw UsageError("no output given: -o OUT");
+  o.out = hdf5_output(o.out);
   const Config config = read_config(o.model);
   BatchWork work = work_of(o, config, Task::embed, values);
   std::vector<std::string> read = files_of(o.input);
@@ -294,11 +307,14 @@ int run_embed(int argc, char** argv) {
   check_outputs({o.out}, read);
   const std::unique_ptr<Source> source =
       config.audio.rate > 0 ? open_sounds(config, o.input, o.labels) : open_inputs(o.input);
+  Signals signals;  // before the backend, whose threads inherit what is blocked
   const std::unique_ptr<Backend> backend = make_backend(o.common);
-  const OutputLock lock(o.out, false);
+  const OutputLock lock(o.out, o.force);
+  refuse_existing(o.out);
   // What is made is kept in parts until all of it is there, and its size known.
-  const Json manifest = manifest_of(o, work, backend->device());
-  if (PartStore::exist(o.out)) PartStore::discard(o.out);
+  Json manifest = manifest_of(o, work, backend->device());
+  manifest["command"] = "embed";
+  PartStore::discard(o.out, "command", "embed");
   PartStore store(o.out, manifest.dump());
   const Model model = loaded(*backend, o);
   ResultsAbout about =
@@ -313,20 +329,28 @@ int run_embed(int argc, char** argv) {
     units += part.units();
     store.write(about.parts_end++, part.take());
   };
-  {
-    Progress progress("embed");
-    with_memory_hint(*backend, model, "--batch", work.stream.batch, [&] {
-      compute_results(
-          *backend, model, *source, work, part,
-          [&] {
-            if (part.bytes() >= kPart) write();
-          },
-          [&](const Stream& stream) { progress(stream); });
-    });
+  try {
+    {
+      Progress progress("embed");
+      const auto some = [&] {
+        if (part.bytes() >= kPart) write();
+      };
+      const auto turn = [&](const Stream& stream) {
+        progress(stream);
+        if (signals.taken() != 0) throw Error("interrupted");
+      };
+      with_memory_hint(*backend, model, "--batch", work.stream.batch,
+                       [&] { compute_results(*backend, model, *source, work, part, some, turn); });
+    }
+    if (part.bytes() > 0) write();
+    about.parts_all = about.parts_end;
+    assemble_results(o.out, about, store);
+  } catch (const Error&) {
+    store.remove();
+    if (signals.taken() == 0) throw;
+    print_end(o.out, "interrupted: nothing is kept");
+    return 128 + signals.taken();
   }
-  if (part.units() > 0) write();
-  about.parts_all = about.parts_end;
-  assemble_results(o.out, about, store);
   store.remove();
   print_end(o.out, fmt::format("{} of {} numbers",
                                work.per_position ? fmt::format("vectors of the positions of {}",

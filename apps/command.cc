@@ -257,6 +257,14 @@ std::string link_target(const std::string& path) {
   return at.string();
 }
 
+std::string hdf5_output(const std::string& path) {
+  if (path.empty()) throw UsageError("no output given: -o OUT");
+  std::error_code error;
+  if (path == "-" || is_special(path) || std::filesystem::is_directory(path, error))
+    throw UsageError(fmt::format("--output '{}': HDF5 is written to a file", path), "-o OUT.h5");
+  return link_target(path);
+}
+
 void check_outputs(const std::vector<std::string>& outputs,
                    const std::vector<std::string>& inputs) {
   namespace fs = std::filesystem;

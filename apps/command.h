@@ -97,6 +97,9 @@ class Output {
 
 // What a path stands for: symbolic links are written through, not replaced.
 std::string link_target(const std::string& path);
+// Where an HDF5 file is to be written: what a link points to. Throws on a pipe or device, and on
+// nothing at all.
+std::string hdf5_output(const std::string& path);
 // Throws where an output is one of the inputs, or another output. Empty ones do not count.
 void check_outputs(const std::vector<std::string>& outputs, const std::vector<std::string>& inputs);
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -209,10 +210,12 @@ int run_dataset_merge(int argc, char** argv) {
   if (o.paths.empty()) throw UsageError("no DATASET given");
   check_outputs({o.output.out}, o.paths);
   if (is_results(o.paths[0])) {
-    if (o.output.out.empty()) throw UsageError("no output given: -o OUT");
-    const OutputLock lock(o.output.out, o.output.force);
-    merge_results(o.output.out, o.paths);
-    fmt::print(stderr, "{}: {}\n", o.output.out, counted(std::ssize(o.paths), "shard"));
+    const std::string out = hdf5_output(o.output.out);
+    if (std::filesystem::exists(out))
+      throw Error(fmt::format("'{}' exists", out), "name another output, or remove it");
+    const OutputLock lock(out, o.output.force);
+    merge_results(out, o.paths);
+    fmt::print(stderr, "{}: {}\n", out, counted(std::ssize(o.paths), "shard"));
     return 0;
   }
   const Joined joined(o.paths);
@@ -286,7 +289,9 @@ int run_dataset_head(int argc, char** argv) {
   if (o.paths.empty()) throw UsageError("no DATASET given");
   if (o.paths.size() == 1 && is_results(o.paths[0])) {
     if (most < 0) throw UsageError("--records: expected at least 1, or 0 for all");
-    Output out(o.output.out);
+    if (!o.output.out.empty())
+      throw UsageError("--output: of results a table is printed, on standard output");
+    Output out("");
     print_results(o.paths[0], most, out);
     out.close();
     return 0;

@@ -223,6 +223,8 @@ DatasetReading dataset_reading(const Config& config, const std::string& split,
         "--labels, --label-pattern and --trim: a dataset has its labels, and was "
         "trimmed when it was built");
   DatasetReading reading{.split = split};
+  if (!labelled && !choice.label.empty())
+    throw UsageError("--label, --labels, --label-pattern: the model takes no label");
   if (!labelled) return reading;
   if (!choice.label.empty()) {
     reading.label = find_label(config, choice.label);
@@ -281,8 +283,14 @@ std::vector<std::string> files_of(const InputOptions& options) {
 
 std::vector<std::string> files_of_model(const std::string& folder) {
   std::vector<std::string> files;
-  for (const char* name : {"config.json", "model.safetensors", "labels.txt", "README.md"})
-    files.push_back(folder + "/" + name);
+  std::error_code error;
+  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
+    const std::string name = entry.path().filename().string();
+    if (name == "config.json" || name == "labels.txt" || name.ends_with(".safetensors") ||
+        name.ends_with(".safetensors.index.json"))
+      files.push_back(entry.path().string());
+  }
+  std::sort(files.begin(), files.end());
   return files;
 }
 

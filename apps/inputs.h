@@ -58,8 +58,8 @@ std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& op
 void settle_strands(const Config& config, bool defaulted, std::string& strands);
 // --min-probability of a classifier: auto (-1) or 0 to 1.
 double parse_min_probability(const std::string& text);
-std::vector<std::string> files_of(const InputOptions& options);  // all that are read
-std::vector<std::string> files_of_model(const std::string& folder);
+std::vector<std::string> files_of(const InputOptions& options);      // all that are read
+std::vector<std::string> files_of_model(const std::string& folder);  // config, labels, weights
 
 // Checks that every input can be opened, then opens them one after another as one stream. One that
 // turns out to hold no alignment is named on stderr: it may be a SAM file that was cut in its

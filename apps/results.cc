@@ -83,8 +83,9 @@ void print_results(const std::string& path, int64_t most, Output& out) {
       const float* const row = matrix.data() + i * width;
       if (classify) {
         const auto best = std::max_element(row, row + width);
-        line += fmt::format("\t{}\t{:.6f}", labels[i] < 0 ? "unknown" : about.classes.at(labels[i]),
-                            *best);
+        line += fmt::format(
+            "\t{}\t{:.6f}",
+            labels[i] < 0 || labels[i] >= width ? "unknown" : about.classes[labels[i]], *best);
         for (int64_t j = 0; j < width; ++j) line += fmt::format("\t{:.6f}", row[j]);
       } else if (score) {
         const double bits = counted[i] > 0 ? -sums[i] / counted[i] / std::numbers::ln2

@@ -47,8 +47,8 @@ Parts parts_of(const Dataset& dataset, int64_t part_size) {
 class PartPool {
  public:
   PartPool(const std::vector<Backend*>& backends, std::vector<int64_t> units,
-           std::function<void(Backend&, int64_t)> compute)
-      : units_(std::move(units)), compute_(std::move(compute)) {
+           std::function<void(Backend&, int64_t)> compute, std::atomic<bool>& stop)
+      : units_(std::move(units)), compute_(std::move(compute)), stop_(stop) {
     for (Backend* backend : backends) threads_.emplace_back([this, backend] { work(*backend); });
   }
   // Waits some time, or until all have ended; true when they have.
@@ -63,7 +63,7 @@ class PartPool {
     if (error_) std::rethrow_exception(error_);
   }
   ~PartPool() {
-    stop_ = true;
+    if (!threads_.empty()) stop_ = true;
     for (std::thread& thread : threads_) thread.join();
   }
 
@@ -83,7 +83,7 @@ class PartPool {
   std::vector<int64_t> units_;
   std::function<void(Backend&, int64_t)> compute_;
   std::atomic<size_t> next_ = 0;
-  std::atomic<bool> stop_ = false;
+  std::atomic<bool>& stop_;  // set by the first error too: the others end between batches
   std::mutex mutex_;
   std::condition_variable ended_;
   std::exception_ptr error_;
@@ -99,8 +99,7 @@ bool whole(const PartStore& store, int64_t unit) {
   try {
     store.read(unit);
     return true;
-  } catch (const Error&) {
-    store.remove(unit);
+  } catch (const Error&) {  // written over when it is there again
     return false;
   }
 }
@@ -198,6 +197,9 @@ BatchDone batch(const std::vector<Backend*>& backends, const Model& model,
   about.parts_end = parts.count() * work.shard / work.shards;
   BatchDone done{.parts = about.parts_end - about.parts_first};
 
+  auto of_shard = nlohmann::ordered_json::parse(work.manifest);
+  of_shard["shard"] = fmt::format("{}/{}", work.shard, work.shards);
+  const std::string manifest = of_shard.dump();
   const OutputLock lock(work.out, work.force);
   if (std::filesystem::exists(work.out)) {
     const hdf5::Reader file(work.out);
@@ -210,11 +212,14 @@ BatchDone batch(const std::vector<Backend*>& backends, const Model& model,
     if (!differing.empty())
       throw Error(fmt::format("'{}' exists and is of other work: {}", work.out, differing),
                   "name another output, or remove it");
-    if (PartStore::exist(work.out)) PartStore(work.out, work.manifest).remove();
+    int64_t bytes = 0;
+    check(hdf5::crc32_of_file(work.out, hdf5::kBlock, bytes) == hdf5::read_seal(work.out).crc,
+          "'{}' exists, of the same work, and is damaged: remove it to make it anew", work.out);
+    if (PartStore::exist(work.out)) PartStore(work.out, manifest).remove();
     done.stood = true;
     return done;
   }
-  PartStore store(work.out, nlohmann::ordered_json::parse(work.manifest).dump());
+  PartStore store(work.out, manifest);
   std::vector<int64_t> missing;
   int64_t all = 0;
   for (int64_t i = about.parts_first; i < about.parts_end; ++i) {
@@ -249,7 +254,7 @@ BatchDone batch(const std::vector<Backend*>& backends, const Model& model,
     finished += size - told;
   };
   {
-    PartPool pool(backends, missing, compute);
+    PartPool pool(backends, missing, compute, stop);
     while (!pool.wait()) {
       if (work.progress) work.progress(finished, all);
       if (work.interrupted && work.interrupted()) stop = true;

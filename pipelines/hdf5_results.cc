@@ -191,6 +191,34 @@ bool is_results(const std::string& path) {
   return file.has_attribute("schema") && file.text_attribute("schema") == kResultsSchema;
 }
 
+namespace {
+
+// Rows that do not fit together would be read past the end of some.
+void check_rows(const hdf5::Reader& file, const ResultsAbout& about) {
+  const int64_t units = file.column("names", Type::text)->rows();
+  int64_t all = 0;
+  if (about.per_position()) {
+    const auto offsets = file.column("position_offsets", Type::i64);
+    check(offsets->rows() == units + 1, "{}: 'position_offsets' has {} rows, expected {}",
+          file.path(), offsets->rows(), units + 1);
+    offsets->read(units, 1, &all);
+  }
+  std::vector<ResultColumn> columns = about.columns;
+  columns.push_back({"starts", Type::i64});
+  columns.push_back({"ends", Type::i64});
+  for (const ResultColumn& column : columns) {
+    const int64_t rows = file.column(column.name, column.type, column.columns > 0)->rows();
+    const int64_t expected = column.of_positions ? all : units;
+    check(rows == expected, "{}: '{}' has {} rows, expected {}", file.path(), column.name, rows,
+          expected);
+  }
+  const auto classes = static_cast<int64_t>(about.classes.size());
+  check(about.task != "classify" || about.columns[0].columns == classes,
+        "{}: {} classes, expected {}", file.path(), classes, about.columns[0].columns);
+}
+
+}  // namespace
+
 ResultsAbout read_results_about(const hdf5::Reader& file) {
   check(file.has_attribute("schema") && file.text_attribute("schema") == kResultsSchema,
         "{}: is no file of results", file.path());
@@ -224,41 +252,46 @@ ResultsAbout read_results_about(const hdf5::Reader& file) {
   } else {
     fail("{}: task '{}', expected classify, score or embed", file.path(), about.task);
   }
+  check_rows(file, about);
   return about;
 }
 
 void merge_results(const std::string& out, const std::vector<std::string>& paths) {
   struct Shard {
-    std::unique_ptr<hdf5::Reader> file;
+    std::string path;
     ResultsAbout about;
   };
   std::vector<Shard> shards;
   Counts counts;
   for (const std::string& path : paths) {
-    Shard shard{std::make_unique<hdf5::Reader>(path), {}};
-    shard.about = read_results_about(*shard.file);
-    const hdf5::Layout names = shard.file->column("names", Type::text)->layout();
+    const hdf5::Reader file(path);  // one at a time: an array may have made thousands
+    Shard shard{path, read_results_about(file)};
+    const hdf5::Layout names = file.column("names", Type::text)->layout();
     Counts own{.units = names.rows, .longest = names.width};
     if (shard.about.per_position()) {
-      const auto offsets = shard.file->column("position_offsets", Type::i64);
+      const auto offsets = file.column("position_offsets", Type::i64);
       offsets->read(own.units, 1, &own.positions);
     }
     counts.add(own);
     shards.push_back(std::move(shard));
   }
-  std::ranges::sort(shards, {}, [](const Shard& shard) { return shard.about.parts_first; });
+  std::ranges::sort(shards, {}, [](const Shard& shard) {
+    return std::pair(shard.about.parts_first, shard.about.parts_end);
+  });
   ResultsAbout about = shards[0].about;
   for (const Shard& shard : shards) {
     const std::string differing = manifest_differences(about.manifest, shard.about.manifest);
-    check(differing.empty(), "{}: is of another work than {}: {}", shard.file->path(),
-          shards[0].file->path(), differing);
+    check(differing.empty(), "{}: is of another work than {}: {}", shard.path, shards[0].path,
+          differing);
+    check(shard.about.classes == about.classes, "{}: its classes are not those of {}", shard.path,
+          shards[0].path);
   }
   int64_t end = 0;
   for (const Shard& shard : shards) {
     check(shard.about.parts_first == end,
           "{}: holds parts {} to {} of {}, expected those from {} on: a shard is missing or there "
           "twice",
-          shard.file->path(), shard.about.parts_first, shard.about.parts_end, about.parts_all, end);
+          shard.path, shard.about.parts_first, shard.about.parts_end, about.parts_all, end);
     end = shard.about.parts_end;
   }
   check(end == about.parts_all, "parts {} to {} of {} are missing: another shard has them", end,
@@ -266,7 +299,7 @@ void merge_results(const std::string& out, const std::vector<std::string>& paths
   about.parts_first = 0;
   about.parts_end = about.parts_all;
   ResultsFile file(out, about, counts);
-  for (const Shard& shard : shards) file.append(*shard.file);
+  for (const Shard& shard : shards) file.append(hdf5::Reader(shard.path));
   file.seal();
 }
 

@@ -70,8 +70,10 @@ Owner owner_in(int descriptor) {
 
 OutputLock::OutputLock(const std::string& output, bool force) : path_(output + ".lock") {
   for (;;) {
-    descriptor_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    check(descriptor_ >= 0, "cannot write '{}': {}", path_, std::strerror(errno));
+    descriptor_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0666);
+    const int reason = errno;
+    check(descriptor_ >= 0, "cannot write '{}': {}", path_,
+          reason == ELOOP ? "it is a link" : std::strerror(reason));
     const bool held = ::flock(descriptor_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
     // Its owner may have removed the name between our open and our lock.
     struct stat ours {
@@ -83,6 +85,10 @@ OutputLock::OutputLock(const std::string& output, bool force) : path_(output + "
       continue;
     }
     const Owner owner = owner_in(descriptor_);
+    if (!held && ours.st_size > 0 && owner.pid <= 0) {
+      ::close(std::exchange(descriptor_, -1));
+      throw Error(fmt::format("'{}' is no lock of coil", path_), "name another output");
+    }
     const bool here = owner.host == host_name();
     const bool lives = here && !owner.start.empty() && start_of(owner.pid) == owner.start;
     const bool unknown = owner.pid > 0 && !here && !force;
@@ -160,10 +166,17 @@ std::string PartStore::path(int64_t unit) const {
   return fmt::format("{}/{:08}.part", folder_, unit);
 }
 
-void PartStore::discard(const std::string& output) {
-  std::error_code error;
-  fs::remove_all(output + ".parts", error);
-  check(!error, "cannot remove '{}.parts': {}", output, error.message());
+void PartStore::discard(const std::string& output, const std::string& key,
+                        const std::string& value) {
+  if (!exist(output)) return;
+  const std::string folder = output + ".parts", named = folder + "/manifest.json";
+  const std::string text = fs::exists(named) ? coil::read_file(named, kLongest) : "";
+  const Json manifest = Json::parse(text, nullptr, false);
+  const bool ours = manifest.is_object() && manifest.value(key, "") == value;
+  if (!ours)
+    throw Error(fmt::format("'{}' holds parts of another command", folder),
+                "end what was begun, name another output, or remove it");
+  PartStore(output, text).remove();
 }
 
 bool PartStore::exist(const std::string& output) { return fs::is_directory(output + ".parts"); }
@@ -257,10 +270,12 @@ void PartStore::remove(int64_t unit) const { ::unlink(path(unit).c_str()); }
 void PartStore::remove() {
   // The manifest last: what a kill leaves behind is still known.
   std::error_code error;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder_, error))
-    if (entry.path().filename() != "manifest.json") fs::remove(entry.path(), error);
-  fs::remove_all(folder_, error);
-  check(!error, "cannot remove '{}': {}", folder_, error.message());
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_, error)) {
+    const std::string ending = entry.path().extension().string();
+    if (ending == ".part" || ending == ".tmp") fs::remove(entry.path(), error);
+  }
+  fs::remove(folder_ + "/manifest.json", error);
+  fs::remove(folder_, error);  // what is not ours stays, and the folder with it
 }
 
 }  // namespace coil

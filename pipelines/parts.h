@@ -69,7 +69,8 @@ class PartStore {
   const std::string& folder() const { return folder_; }
 
   static bool exist(const std::string& output);
-  static void discard(const std::string& output);  // whatever they were made from
+  // Removes parts whose manifest has this entry; throws where there are others.
+  static void discard(const std::string& output, const std::string& key, const std::string& value);
   static Part read_file(const std::string& path);
 
  private:
