@@ -7,8 +7,8 @@
 #include <string_view>
 
 #include "kernels/error.h"
-#include "pipelines/training_data.h"
 #include "pipelines/train.h"
+#include "pipelines/training_data.h"
 
 namespace coil {
 namespace {
