@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "apps/command.h"
+#include "apps/dataset.h"
 #include "apps/inputs.h"
 #include "apps/signals.h"
 #include "kernels/error.h"
@@ -143,11 +144,6 @@ Model loaded(Backend& backend, const Options& o) {
   Model model = load_model(backend, o.model, matrix_dtype(o.common));
   if (o.layer > 0) keep_layers(model, o.layer, o.model);
   return model;
-}
-
-void refuse_existing(const std::string& out) {
-  if (std::filesystem::exists(out))
-    throw Error(fmt::format("'{}' exists", out), "name another output, or remove it");
 }
 
 void print_end(const std::string& out, const std::string& what) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <filesystem>
 #include <nlohmann/json.hpp>
 
 #include "kernels/error.h"
@@ -130,6 +131,11 @@ int8_t Splits::of(const Segment& segment, const std::string& file, const std::st
     key = group;
   }
   return draw_split(key, shares_, options_.seed);
+}
+
+void refuse_existing(const std::string& out) {
+  if (std::filesystem::exists(out))
+    throw Error(fmt::format("'{}' exists", out), "name another output, or remove it");
 }
 
 int build_and_tell(const BuildInput& input, const DatasetOutput& output, const std::string& how) {

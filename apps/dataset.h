@@ -13,6 +13,9 @@
 
 namespace coil {
 
+// Of an output that is not begun anew over what is there.
+void refuse_existing(const std::string& out);
+
 int run_dataset_bench(int argc, char** argv);
 int run_dataset_build(int argc, char** argv);
 int run_dataset_head(int argc, char** argv);

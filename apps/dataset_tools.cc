@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 
@@ -211,8 +210,7 @@ int run_dataset_merge(int argc, char** argv) {
   check_outputs({o.output.out}, o.paths);
   if (is_results(o.paths[0])) {
     const std::string out = hdf5_output(o.output.out);
-    if (std::filesystem::exists(out))
-      throw Error(fmt::format("'{}' exists", out), "name another output, or remove it");
+    refuse_existing(out);
     const OutputLock lock(out, o.output.force);
     merge_results(out, o.paths);
     fmt::print(stderr, "{}: {}\n", out, counted(std::ssize(o.paths), "shard"));
