@@ -148,6 +148,12 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
            ->default_value(o.mlp, o.mlp < 0 ? "auto" : std::to_string(o.mlp))
            ->value_name("COUNT"),
        "inner width of a gated MLP behind each mixer, in widths; 0: none; auto: 2 in a U-Net")  //
+      ("bidirectional", flag(o.bidirectional),
+       "every layer reads from both ends: one in_proj and out_proj, two sets of the rest")  //
+      ("strands", option(o.strands, "WHICH"),
+       "average | equivariant: a sequence and its reverse complement are one, in training too")  //
+      ("kmer", size(o.kmer, "COUNT"),
+       "an embedding is of so many bases, the last of them the place's own")                    //
       ("s4d-states", size(o.s4d_states, "COUNT"), "complex states per channel")                 //
       ("s4d-init", option(o.s4d_init, "NAME"), "lin | inv | legs: S4D-Lin, S4D-Inv, S4D-LegS")  //
       ("pooling", choice(o.pooling, {{"mean", Pooling::mean}, {"last", Pooling::last}}, "pooling"),
@@ -343,7 +349,8 @@ int run_train(int argc, char** argv) {
       if (given.values["trim"].defaulted()) options.trim = config.audio.trim;
     }
     same("s4d-states", options.s4d_states, config.s4d_states);
-    for (const char* name : {"mixers", "s4d-init", "topology", "pool", "widths", "mlp"})
+    for (const char* name :
+         {"mixers", "s4d-init", "topology", "pool", "widths", "mlp", "bidirectional", "kmer"})
       check(given.values[name].defaulted(), "--{}: the network is that of --from", name);
   }
 

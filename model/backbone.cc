@@ -137,6 +137,7 @@ bool try_step(Backend& backend, const Config& config, const Backbone& backbone, 
   });
   if (!one_step || !mamba || config.mixer_norms || config.mlp > 0 || backbone.layers.empty())
     return false;
+  if (config.bidirectional) return false;
   if (ends.ids && backbone.inner) return false;  // another stage stands between ids and layers
   std::vector<MambaStep::Layer> operands;
   operands.reserve(backbone.layers.size());
@@ -161,6 +162,7 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
           piece.from < 0 || piece.from != piece.to,
           "forward for backward: the piece at row {} reads and writes state slot {}; it must fork",
           piece.begin, piece.to);
+  COIL_ASSERT(!saved || !saved->recompute || (!state && !inner));
   if (saved) {
     saved->blocks = std::vector<Saved::Block>(layers.size());
     saved->initial = state;
@@ -202,6 +204,7 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
     }
   };
 
+  const bool whole = saved && !saved->recompute;  // what is kept of a block
   for (size_t i = 0; i < layers.size(); ++i) {
     Saved::Block* block = saved ? &saved->blocks[i] : nullptr;
     add_and_norm(layers[i].norm, block ? &block->residual : nullptr,
@@ -211,13 +214,13 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
           using Kept = typename Of<Weights>::Saved;
           return coil::forward(backend, config, weights, std::move(h), rows,
                                state_of(state, i, weights),
-                               block ? &block->mixer.emplace<Kept>() : nullptr);
+                               whole ? &block->mixer.emplace<Kept>() : nullptr);
         },
         layers[i].mixer);
     if (config.mlp == 0) continue;
     add_and_norm(layers[i].mlp_norm, block ? &block->mlp_residual : nullptr,
                  block ? &block->mlp_rstd : nullptr);
-    h = coil::forward(backend, config, layers[i].mlp, std::move(h), block ? &block->mlp : nullptr);
+    h = coil::forward(backend, config, layers[i].mlp, std::move(h), whole ? &block->mlp : nullptr);
   }
   add_and_norm(norm_f, saved ? &saved->residual : nullptr, saved ? &saved->rstd : nullptr);
   return h;
@@ -252,18 +255,35 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
                            .dweight = grad.norm_f,
                            .dx_act = rounded,
                            .eps = config.eps});
+  // What a mixer or an MLP read, and with it what it kept, once more.
+  const auto normed = [&](const Tensor& sum, const Tensor& weight, const Tensor& rstd) {
+    Tensor h(backend, act, {t, d});
+    backend.run(Norm{.x = sum, .weight = weight, .y = h, .rstd = rstd, .eps = config.eps});
+    return h;
+  };
   for (size_t i = layers.size(); i-- > 0;) {
     const Saved::Block& block = saved.blocks[i];
     if (config.mlp > 0) {
+      MlpSaved again;
+      if (saved.recompute)
+        coil::forward(backend, config, layers[i].mlp,
+                      normed(block.mlp_residual, layers[i].mlp_norm, block.mlp_rstd), &again);
       const Tensor dnormed =
-          coil::backward(backend, config, layers[i].mlp, block.mlp, dout, grad.layers[i].mlp);
+          coil::backward(backend, config, layers[i].mlp, saved.recompute ? again : block.mlp, dout,
+                         grad.layers[i].mlp);
       add_through_norm(block.mlp_residual, layers[i].mlp_norm, block.mlp_rstd, dnormed,
                        grad.layers[i].mlp_norm);
     }
     const Tensor dnormed = std::visit(
         [&]<class Weights>(const Weights& weights) {
+          using Kept = typename Of<Weights>::Saved;
+          Kept again;
+          if (saved.recompute)
+            coil::forward(backend, config, weights,
+                          normed(block.residual, layers[i].norm, block.rstd), rows, nullptr,
+                          &again);
           return coil::backward(backend, config, weights,
-                                std::get<typename Of<Weights>::Saved>(block.mixer), rows, dout,
+                                saved.recompute ? again : std::get<Kept>(block.mixer), rows, dout,
                                 state_of(saved.initial, i, weights), state_of(dstate, i, weights),
                                 std::get<Weights>(grad.layers[i].mixer));
         },

@@ -49,6 +49,9 @@ struct InnerState {
 };
 
 struct Saved {  // of one forward, for one backward
+  // Set before forward: of each layer only the sums that its norms read are kept; backward computes
+  // the rest of it again, one layer at a time. (Chen et al. 2016.)
+  bool recompute = false;
   struct Block {
     Tensor residual;  // (t,d) sum that the block's norm read
     Tensor rstd;      // (t)

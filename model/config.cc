@@ -247,7 +247,8 @@ void parse_s4d(const Json& value, const std::string& where, Config& config) {
 void parse_coil(const Json& value, const std::string& where, Config& config) {
   constexpr std::string_view known[] = {"objective", "pooling",           "alphabet", "audio",
                                         "condition", "condition_dropout", "unknown",  "mixers",
-                                        "s4d",       "topology",          "unet",     "mlp"};
+                                        "s4d",       "topology",          "unet",     "mlp",
+                                        "kmer",      "bidirectional",     "strands"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
     check(std::ranges::count(known, item.key()) > 0,
@@ -269,7 +270,7 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   const Json* mixers = json.find("mixers");
   const bool own = config.model_type == "coil";
   if (mixers && !own) json.refuse("mixers", "none with model_type " + config.model_type, *mixers);
-  for (const char* key : {"topology", "unet", "mlp"})
+  for (const char* key : {"topology", "unet", "mlp", "bidirectional", "kmer"})
     if (const Json* found = json.find(key); found && !own)
       json.refuse(key, "none with model_type " + config.model_type, *found);
   const bool unet = json.one_of_or("topology", "stack", {"stack", "unet"}) == "unet";
@@ -279,6 +280,10 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
     json.refuse("unet", "none with topology \"stack\"", *found);
   config.mlp = json.size_or("mlp", 0, 0, 64);
   if (own) parse_layers(json.need("mixers"), json, config);
+  config.bidirectional = json.flag_or("bidirectional", false);
+  config.kmer = json.size_or("kmer", 1, 1, Config::kMaxKmer);
+  config.equivariant = json.one_of_or("strands", "", {"equivariant", ""}) == "equivariant";
+  check_directions(config, where);
   if (const Json* s4d = json.find("s4d")) parse_s4d(*s4d, where, config);
   const Json* unknown = json.find("unknown");
   if (!unknown) return;
@@ -333,6 +338,31 @@ S4dInit parse_s4d_init(const std::string& name) {
   const auto found = std::ranges::find(kS4dInits, name);
   check(found != std::end(kS4dInits), "s4d init '{}': expected lin, inv or legs", name);
   return static_cast<S4dInit>(found - kS4dInits);
+}
+
+void check_directions(const Config& config, const std::string& where) {
+  if (config.bidirectional) {
+    const bool mamba = std::ranges::all_of(
+        config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
+    check(mamba && config.inner.empty(), "{}: bidirectional: expected a stack of mamba1, found {}",
+          where, config.inner.empty() ? mixer_names(config) : "a U-Net");
+    check(config.objective != Objective::lm,
+          "{}: bidirectional: a causal language model would see what it predicts; expected "
+          "objective mlm or classify",
+          where);
+  }
+  if (config.kmer > 1) {
+    const int64_t rows = Config::kLetters + (int64_t{1} << 2 * config.kmer);
+    check(config.alphabet == "dna" && config.vocab == rows,
+          "{}: kmer {}: expected alphabet dna and vocab_size {}, found '{}' and {}", where,
+          config.kmer, rows, config.alphabet, config.vocab);
+    check(!config.tie, "{}: kmer: expected tie_word_embeddings false: k-mers are read, not put out",
+          where);
+  }
+  if (!config.equivariant) return;
+  check(config.audio.rate == 0, "{}: strands: audio has none", where);
+  check(config.objective != Objective::lm,
+        "{}: strands equivariant: expected objective mlm or classify, found lm", where);
 }
 
 Config parse_config(const std::string& text, const std::string& where) {
@@ -429,6 +459,9 @@ std::string to_json(const Config& config) {
       coil["mixers"].push_back(name_of(layer->mixer));
     coil["s4d"] = {{"states", config.s4d_states}, {"init", name_of(config.s4d_init)}};
   }
+  if (config.bidirectional) coil["bidirectional"] = true;
+  if (config.kmer > 1) coil["kmer"] = config.kmer;
+  if (config.equivariant) coil["strands"] = "equivariant";
   coil["objective"] = lm ? "lm" : "classify";
   if (!lm) coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";
   if (!config.alphabet.empty()) coil["alphabet"] = config.alphabet;

@@ -55,6 +55,15 @@ struct Config {
   std::vector<LayerConfig> layers = std::vector<LayerConfig>(4);
 
   // Under "coil".
+  // bidirectional: every layer reads its sequences from both ends (model/mamba1.h); a stack of
+  // mamba1 alone. There is then no state to carry: a sequence is one piece.
+  bool bidirectional = false;
+  // strands: "equivariant". Of DNA: a sequence and its reverse complement are read side by side,
+  // and the classes' logits are the mean of both, in training too: swapping the strands swaps
+  // nothing.
+  bool equivariant = false;
+  // Training then reads sequences whole, and long ones layer by layer (Cut in model/loss.h).
+  bool trains_whole() const { return bidirectional || equivariant; }
   // topology and unet: the stages inside the one that the keys above describe, from the outside in,
   // each at one step for `pool` of the stage around it. A stack has none. num_hidden_layers and
   // coil.mixers count the layers of all stages, the outermost's first; expand and the ratio of
@@ -78,6 +87,12 @@ struct Config {
   Pooling pooling = Pooling::mean;  // classify
   std::vector<std::string> labels;  // classify, condition; kept in labels.txt, a line per class
   std::string alphabet;             // "dna", or "" (audio; a model from elsewhere)
+  // kmer: of DNA, how many bases, the last of them the place's own, the embedding of a place is of:
+  // overlapping k-mers (DNABERT: Ji et al. 2021). Rows of the embedding: the 16 of the alphabet,
+  // for places that fewer bases or an N come before, then the k-mers, A C G T as digits. What is
+  // predicted is a base all the same; the head is not tied.
+  int64_t kmer = 1;
+  static constexpr int64_t kLetters = 16, kMaxKmer = 10;
   // Instead of an alphabet: recordings at a rate. Tokens: the codes of a sample (mulaw 0 … 255;
   // pcm16 0 … 255 coarse, 256 … 511 fine) and the begin token. Rows of logits are over the codes
   // alone. With `condition` an embedding of the recording's label is added to each step's.
@@ -91,7 +106,10 @@ struct Config {
   double condition_dropout = 0;  // likewise: share of its training that was without label
   // Of a language model, how many of the vocabulary, from 0 on, its logits are over.
   int64_t predicted() const {
-    return audio.rate == 0 ? vocab : audio.codes == SampleCodes::pcm16 ? 512 : 256;
+    return kmer > 1                            ? kLetters
+           : audio.rate == 0                   ? vocab
+           : audio.codes == SampleCodes::pcm16 ? 512
+                                               : 256;
   }
   // Thresholds of "unknown" by record length, ascending: below `probability` the answer is
   // "unknown".
@@ -113,12 +131,15 @@ std::string mixer_names(const Config& config);
 void add_stages(Config& config, const std::string& pool, const std::string& widths,
                 const std::string& mixers);
 
-// Throws coil::Error naming the file, the key, what was expected and what was found. `text` is
-// config.json.
 // Of a network made here: a sixteenth of the width, up to whole words of memory. (Hugging Face's
 // "auto" is the sixteenth itself.)
 inline int64_t dt_rank_of(int64_t d) { return (d + 127) / 128 * 8; }
 
+// Throws where bidirectional or equivariant does not go with the rest of a network.
+void check_directions(const Config& config, const std::string& where);
+
+// Throws coil::Error naming the file, the key, what was expected and what was found. `text` is
+// config.json.
 Config parse_config(const std::string& text, const std::string& where);
 std::string to_json(const Config& config);      // what parse_config and transformers read
 Config read_config(const std::string& folder);  // config.json and labels.txt of a model folder

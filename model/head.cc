@@ -34,7 +34,8 @@ std::vector<Param> declare(Model& model) {
     add(model.score, "score.weight", {classes, config.d}, Init::linear, false);
     add(model.score_bias, "score.bias", {classes}, Init::zeros, false);
   } else if (!config.tie) {
-    add(model.lm_head, "lm_head.weight", {config.vocab, config.d}, Init::linear, true);
+    add(model.lm_head, "lm_head.weight",
+        {config.kmer > 1 ? config.predicted() : config.vocab, config.d}, Init::linear, true);
   }
   return params;
 }
@@ -140,7 +141,7 @@ Tensor step_logits(Backend& backend, const Model& model, const StepTables& table
 }
 
 std::vector<Softmax> softmaxes(const Config& config) {
-  if (config.audio.rate == 0) return {{0, config.vocab}};
+  if (config.audio.rate == 0) return {{0, config.predicted()}};
   std::vector<Softmax> all;
   for (int64_t begin = 0; begin < config.predicted(); begin += 256) all.push_back({begin, 256});
   return all;
@@ -155,19 +156,38 @@ std::vector<int32_t> targets_in(const Softmax& softmax, View targets) {
   return inside;
 }
 
+View strand_of(const Tensor& pooled, int strand) {
+  const int64_t m = pooled.view().rows(), d = pooled.view().cols();
+  return pooled.view().reshape({m / 2, 2 * d}).columns(strand * d, d);
+}
+
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
-                    State* state, Tensor* pooled) {
+                    State* state, Tensor* pooled, bool pairs) {
   const int64_t m = rows.finished();
+  COIL_ASSERT(!pairs || m % 2 == 0);
   Tensor features(backend, DType::f32, {m, model.config.d});
   backend.run(Pool{.x = hidden,
                    .y = features,
                    .state = state ? state->pool.view() : View{},
                    .rows = &rows,
                    .pooling = model.config.pooling});
-  Tensor logits(backend, DType::f32, {m, static_cast<int64_t>(model.config.labels.size())});
-  if (m > 0)
-    backend.run(
-        Gemm{.a = features, .b = model.score, .c = logits, .bias = model.score_bias, .tb = true});
+  const auto classes = static_cast<int64_t>(model.config.labels.size());
+  Tensor logits(backend, DType::f32, {pairs ? m / 2 : m, classes});
+  const auto add = [&](const View& of, float share, bool first) {
+    backend.run(Gemm{.a = of,
+                     .b = model.score,
+                     .c = logits,
+                     .bias = first ? model.score_bias.view() : View{},
+                     .tb = true,
+                     .alpha = share,
+                     .beta = first ? 0.0f : 1.0f});
+  };
+  if (pairs && m > 0) {
+    add(strand_of(features, 0), 0.5f, true);
+    add(strand_of(features, 1), 0.5f, false);
+  } else if (m > 0) {
+    add(features, 1, true);
+  }
   if (pooled) *pooled = std::move(features);
   return logits;
 }

@@ -12,14 +12,14 @@ namespace coil {
 namespace {
 
 // dlogits → dhidden, times `share`, for logits = hidden W^T.
-void linear_backward(Backend& backend, const View& dlogits, const View& weight,
-                     const Tensor& dhidden, double share = 1) {
+void linear_backward(Backend& backend, const View& dlogits, const View& weight, const View& dhidden,
+                     double share = 1) {
   backend.run(Gemm{.a = dlogits, .b = weight, .c = dhidden, .alpha = static_cast<float>(share)});
 }
-// dW += dlogits^T hidden.
+// dW += dlogits^T hidden, times `share`.
 void add_weight_gradient(Backend& backend, const View& dlogits, const View& hidden,
-                         const View& dweight) {
-  backend.run(Gemm{.a = dlogits, .b = hidden, .c = dweight, .ta = true, .beta = 1});
+                         const View& dweight, float share = 1) {
+  backend.run(Gemm{.a = dlogits, .b = hidden, .c = dweight, .ta = true, .alpha = share, .beta = 1});
 }
 
 void copy_slot(Backend& backend, const State& from, int64_t slot, const State& to, int64_t other) {
@@ -38,6 +38,7 @@ struct Common {  // what the parts of a batch share
   bool truncate;
 
   bool lm() const { return model.config.objective == Objective::lm; }
+  bool pairs() const { return !lm() && model.config.equivariant; }
 };
 
 // Adds the losses to the total. Returns the logits' gradient: in their place unless the caller
@@ -87,8 +88,9 @@ class Part {
         ids_(ids),
         targets_(targets),
         rows_(rows),
-        chunk_(chunk),
-        count_((rows.total() + chunk - 1) / chunk) {}
+        chunk_(all.model.config.trains_whole() ? std::max<int64_t>(rows.total(), 1) : chunk),
+        count_((rows.total() + chunk_ - 1) / chunk_),
+        by_layer_(rows.total() > chunk) {}
 
   void add() {
     // Where no gradient comes back from a later chunk, each is done with when its turn comes.
@@ -133,6 +135,7 @@ class Part {
     Tensor kept_ids;
     const View ids = brought(backend_, ids_.slice(begin, length), kept_ids);
     Saved saved;
+    saved.recompute = by_layer_ && count_ == 1;
     Model* const grad = all_.grad;
     Tensor h = hidden(backend_, model_, ids, rows, state, grad && whole ? &saved : nullptr);
     Tensor dh;  // (t, d)
@@ -165,13 +168,19 @@ class Part {
 
   // Pools h (t, d); the classes' loss once the sequences have ended.
   void classify(const Tensor& h, const Rows& rows, State* state) {
-    Tensor pooled;                                                            // (m, d)
-    Tensor logits = class_logits(backend_, model_, h, rows, state, &pooled);  // (m, classes)
+    Tensor pooled;   // (m, d)
+    Tensor logits =  // (m, classes), of pairs half as many
+        class_logits(backend_, model_, h, rows, state, &pooled, all_.pairs());
     if (rows.finished() == 0) return;
     dlogits_ = cross_entropy(all_, std::move(logits), targets_);
     Model* const grad = all_.grad;
     if (!grad) return;
-    add_weight_gradient(backend_, dlogits_, pooled, grad->score);
+    if (all_.pairs()) {
+      for (const int strand : {0, 1})
+        add_weight_gradient(backend_, dlogits_, strand_of(pooled, strand), grad->score, 0.5);
+    } else {
+      add_weight_gradient(backend_, dlogits_, pooled, grad->score);
+    }
     backend_.run(SumRows{.x = dlogits_, .out = grad->score_bias});
   }
 
@@ -187,7 +196,12 @@ class Part {
     const double share =
         mean ? static_cast<double>(length) / static_cast<double>(rows_.total()) : 1;
     const Tensor dpooled(backend_, DType::f32, {rows_.finished(), model_.config.d});
-    linear_backward(backend_, dlogits_, model_.score, dpooled, share);
+    if (all_.pairs()) {
+      for (const int strand : {0, 1})
+        linear_backward(backend_, dlogits_, model_.score, strand_of(dpooled, strand), 0.5);
+    } else {
+      linear_backward(backend_, dlogits_, model_.score, dpooled, share);
+    }
     std::optional<Rows> alone;
     if (count_ > 1) alone.emplace(Rows::equal(backend_, 1, length));
     backend_.run(PoolBackward{
@@ -201,6 +215,7 @@ class Part {
   View ids_, targets_;
   const Rows& rows_;
   int64_t chunk_, count_;
+  bool by_layer_;                        // longer than a chunk, where it is not cut
   std::optional<State> state_, dstate_;  // two slots
   std::optional<State> kept_;            // behind each chunk but the last
   Tensor dlogits_;                       // (m, classes)
@@ -240,7 +255,9 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   const int64_t t = rows.total(), chunk = cut.chunk > 0 ? cut.chunk : std::max<int64_t>(t, 1);
   const int64_t most = std::min(cut.rows > 0 ? cut.rows : t, chunk);
   const std::span<const Piece> sequences = rows.pieces();
-  if (t <= most || (sequences.size() == 1 && t <= chunk)) {
+  const size_t unit = all.pairs() ? 2 : 1;  // sequences that stay together
+  COIL_ASSERT(sequences.size() % unit == 0);
+  if (t <= most || (sequences.size() == unit && t <= chunk)) {
     Part(all, ids, targets, rows, chunk).add();
     return weight;
   }
@@ -248,15 +265,18 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   for (size_t begin = 0, end = 0; begin < sequences.size(); begin = end) {
     std::vector<Piece> pieces;
     int64_t length = 0;
-    for (; end < sequences.size(); ++end) {
-      if (length > 0 && length + sequences[end].length > most) break;
-      pieces.push_back({.begin = length, .length = sequences[end].length});
-      length += sequences[end].length;
+    for (; end < sequences.size(); end += unit) {
+      const int64_t own = unit * sequences[end].length;
+      if (length > 0 && length + own > most) break;
+      for (size_t i = 0; i < unit; ++i) {
+        pieces.push_back({.begin = length, .length = sequences[end].length});
+        length += sequences[end].length;
+      }
     }
     const int64_t first = sequences[begin].begin;
-    const View own =
-        all.lm() ? targets.slice(first, length)
-                 : targets.slice(static_cast<int64_t>(begin), static_cast<int64_t>(end - begin));
+    const View own = all.lm() ? targets.slice(first, length)
+                              : targets.slice(static_cast<int64_t>(begin / unit),
+                                              static_cast<int64_t>((end - begin) / unit));
     const Rows part(backend, std::move(pieces));
     Part(all, ids.slice(first, length), own, part, chunk).add();
   }

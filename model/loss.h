@@ -4,6 +4,8 @@
 // again from the state before it, kept whole, and backward, the gradient of the state handed from
 // chunk to chunk. (Chen et al. 2016 recompute layers so; here it is time.) That costs one forward
 // more of all chunks but the last.
+// Where sequences cannot be cut in time (Config::trains_whole) they are computed again layer by
+// layer instead: memory is that of one layer and of the residual stream between them.
 #pragma once
 
 #include "model/head.h"
@@ -13,13 +15,15 @@ namespace coil {
 // How much of a batch is computed at once. Whatever it says, the gradients are those of the whole
 // batch, but for rounding and for `truncate`.
 struct Cut {
-  int64_t rows = 0;       // steps of whole sequences, taken together; 0: all
-  int64_t chunk = 0;      // steps at most: a longer sequence is cut; 0: none is
+  int64_t rows = 0;  // steps of whole sequences, taken together; 0: all
+  int64_t chunk =
+      0;  // steps at most: a longer sequence is cut, or taken layer by layer; 0: none is
   bool truncate = false;  // gradients end where a chunk begins; the state is carried all the same
 };
 
 // One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
-// per sequence (classify), in host memory, as class_weights. Adds the sum of losses, in nats, to
+// per sequence (classify; of an equivariant model per pair, a sequence and behind it its reverse
+// complement), in host memory, as class_weights. Adds the sum of losses, in nats, to
 // total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss (sum / weight)
 // to grad; grad null: loss only. logits, if given, receives the (m, classes or t, predicted)
 // logits of a batch that is not cut. Returns the weight: counted targets (sum of class weights).

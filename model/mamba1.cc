@@ -31,7 +31,7 @@ std::vector<Param> declare(const Config& config, Mamba1Weights& weights,
                            const std::string& prefix) {
   const int64_t d = config.d, e = config.e, n = config.n, r = config.dt_rank;
   std::vector<Param> params;
-  auto add = [&](Tensor& tensor, const char* name, std::vector<int64_t> shape, Init init,
+  auto add = [&](Tensor& tensor, const std::string& name, std::vector<int64_t> shape, Init init,
                  bool matrix = false) {
     params.push_back(
         {.info = {.name = prefix + name,
@@ -41,34 +41,38 @@ std::vector<Param> declare(const Config& config, Mamba1Weights& weights,
                   .matrix = matrix},
          .tensor = &tensor});
   };
-  add(weights.A_log, "A_log", {e, n}, Init::A_log);
-  add(weights.D, "D", {e}, Init::ones);
+  const auto system = [&](Mamba1Direction& set, const std::string& of) {
+    add(set.A_log, "A" + of + "_log", {e, n}, Init::A_log);
+    add(set.D, "D" + of, {e}, Init::ones);
+  };
+  const auto inputs = [&](Mamba1Direction& set, const std::string& of) {
+    add(set.conv_weight, "conv1d" + of + ".weight", {e, 1, config.w}, Init::linear);
+    if (config.conv_bias) add(set.conv_bias, "conv1d" + of + ".bias", {e}, Init::zeros);
+    add(set.x_proj, "x_proj" + of + ".weight", {r + 2 * n, e}, Init::linear, true);
+    add(set.dt_proj, "dt_proj" + of + ".weight", {e, r}, Init::dt_weight, true);
+    add(set.dt_bias, "dt_proj" + of + ".bias", {e}, Init::dt_bias);
+  };
+  system(weights, "");
   add(weights.in_proj, "in_proj.weight", {2 * e, d}, Init::linear, true);
   if (config.bias) add(weights.in_proj_bias, "in_proj.bias", {2 * e}, Init::zeros);
-  add(weights.conv_weight, "conv1d.weight", {e, 1, config.w}, Init::linear);
-  if (config.conv_bias) add(weights.conv_bias, "conv1d.bias", {e}, Init::zeros);
-  add(weights.x_proj, "x_proj.weight", {r + 2 * n, e}, Init::linear, true);
-  add(weights.dt_proj, "dt_proj.weight", {e, r}, Init::dt_weight, true);
-  add(weights.dt_bias, "dt_proj.bias", {e}, Init::dt_bias);
+  inputs(weights, "");
+  if (config.bidirectional) {
+    system(weights.back, "_b");
+    inputs(weights.back, "_b");
+  }
   add(weights.out_proj, "out_proj.weight", {d, e}, Init::residual_out, true);
   if (config.bias) add(weights.out_proj_bias, "out_proj.bias", {d}, Init::zeros);
   return params;
 }
 
-Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
-               const Rows& rows, Mamba1State* state, Mamba1Saved* saved) {
-  const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
-  const DType act = backend.activations(weights.in_proj.view().dtype);
+namespace {
 
-  Tensor xz(backend, act, {t, 2 * e});
-  backend.run(Gemm{.a = u,
-                   .b = weights.in_proj,
-                   .c = xz,
-                   .bias = view_or_none(weights.in_proj_bias),
-                   .tb = true});
-  if (saved) saved->u = std::move(u);
-  u = Tensor();
-  const View x = xz.view().columns(0, e), z = xz.view().columns(e, e);
+// xz (t, 2e) → y (t, e), read one way; with `saved` y stands there.
+Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& weights, View xz,
+               const Rows& rows, Mamba1State* state, Mamba1DirectionSaved* saved, bool reverse) {
+  const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
+  const DType act = backend.activations(weights.x_proj.view().dtype);
+  const View x = xz.columns(0, e), z = xz.columns(e, e);
 
   Tensor conv(backend, act, {t, e});
   backend.run(Conv1d{.x = x,
@@ -76,8 +80,8 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
                      .y = conv,
                      .bias = view_or_none(weights.conv_bias),
                      .state = state ? state->conv.view() : View{},
-                     .rows = &rows});
-
+                     .rows = &rows,
+                     .reverse = reverse});
   Tensor dbc(backend, act, {t, r + 2 * n});
   backend.run(Gemm{.a = conv, .b = weights.x_proj, .c = dbc, .tb = true});
   if (config.mixer_norms) {
@@ -122,25 +126,48 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weig
                             .z = z,
                             .state = state ? state->ssm.view() : View{},
                             .checkpoints = saved ? saved->checkpoints.view() : View{},
-                            .rows = &rows});
-  if (saved) {
-    saved->xz = std::move(xz);
-    saved->conv = std::move(conv);
-    (config.mixer_norms ? saved->dbc_normed : saved->dbc) = std::move(dbc);
-    saved->dt = std::move(dt);
-    saved->y = std::move(kept_y);
-  } else {
-    xz = Tensor();
-    conv = Tensor();
-    dbc = Tensor();
-  }
+                            .rows = &rows,
+                            .reverse = reverse});
+  if (!saved) return dt;
+  saved->conv = std::move(conv);
+  (config.mixer_norms ? saved->dbc_normed : saved->dbc) = std::move(dbc);
+  saved->dt = std::move(dt);
+  saved->y = std::move(kept_y);
+  return {};
+}
+
+}  // namespace
+
+Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
+               const Rows& rows, Mamba1State* state, Mamba1Saved* saved) {
+  const int64_t t = rows.total();
+  const DType act = backend.activations(weights.in_proj.view().dtype);
+  if (config.bidirectional) state = nullptr;  // the ops refuse pieces that would read or write it
+
+  Tensor xz(backend, act, {t, 2 * config.e});
+  backend.run(Gemm{.a = u,
+                   .b = weights.in_proj,
+                   .c = xz,
+                   .bias = view_or_none(weights.in_proj_bias),
+                   .tb = true});
+  if (saved) saved->u = std::move(u);
+  u = Tensor();
+  Tensor y = forward(backend, config, weights, xz, rows, state, saved, false), back;  // (t, e)
+  if (config.bidirectional)
+    back = forward(backend, config, weights.back, xz, rows, nullptr, saved ? &saved->back : nullptr,
+                   true);
+  if (saved) saved->xz = std::move(xz);
+  xz = Tensor();
 
   Tensor out(backend, act, {t, config.d});
-  backend.run(Gemm{.a = y,
+  backend.run(Gemm{.a = saved ? saved->y : y,
                    .b = weights.out_proj,
                    .c = out,
                    .bias = view_or_none(weights.out_proj_bias),
                    .tb = true});
+  if (config.bidirectional)
+    backend.run(Gemm{
+        .a = saved ? saved->back.y : back, .b = weights.out_proj, .c = out, .tb = true, .beta = 1});
   return out;
 }
 
@@ -162,24 +189,21 @@ MambaStep::Layer step_operands(const Mamba1Weights& weights, const Mamba1State* 
           .ssm_state = state ? state->ssm.view() : View{}};
 }
 
-Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
-                const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
-                Mamba1State* dstate, Mamba1Weights& grad) {
+namespace {
+
+// dW += dout^T in, for out = in W^T.
+void add_weight_gradient(Backend& backend, const View& dout, const View& in,
+                         const Tensor& dweight) {
+  backend.run(Gemm{.a = dout, .b = in, .c = dweight, .ta = true, .beta = 1});
+}
+
+// dgated (t, e), the gradient of y → dxz (t, 2e).
+Tensor backward(Backend& backend, const Config& config, const Mamba1Direction& weights, View xz,
+                const Mamba1DirectionSaved& saved, const Rows& rows, View dgated,
+                const Mamba1State* initial, Mamba1State* dstate, Mamba1Direction& grad,
+                bool reverse) {
   const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
-  const DType act = backend.activations(weights.in_proj.view().dtype);
-  // dW += dout^T in, for out = in W^T.
-  auto add_weight_gradient = [&](const View& dout, const View& in, const Tensor& dweight) {
-    backend.run(Gemm{.a = dout, .b = in, .c = dweight, .ta = true, .beta = 1});
-  };
-  auto add_bias_gradient = [&](const View& dout, const Tensor& dbias) {
-    if (dbias) backend.run(SumRows{.x = dout, .out = dbias});
-  };
-
-  add_weight_gradient(dy, saved.y, grad.out_proj);
-  add_bias_gradient(dy, grad.out_proj_bias);
-  Tensor dgated(backend, act, {t, e});
-  backend.run(Gemm{.a = dy, .b = weights.out_proj, .c = dgated});
-
+  const DType act = backend.activations(weights.x_proj.view().dtype);
   Tensor dxz(backend, act, {t, 2 * e});
   Tensor dconv(backend, act, {t, e});
   Tensor ddt(backend, act, {t, e});
@@ -194,7 +218,7 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
                                     .D = weights.D,
                                     .dt_bias = weights.dt_bias,
                                     .dy = dgated,
-                                    .z = saved.xz.view().columns(e, e),
+                                    .z = xz.columns(e, e),
                                     .checkpoints = saved.checkpoints,
                                     .dx = dconv,
                                     .ddt = ddt,
@@ -205,10 +229,10 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
                                     .dD = grad.D,
                                     .ddt_bias = grad.dt_bias,
                                     .dstate = dstate ? dstate->ssm.view() : View{},
-                                    .rows = &rows});
-  dgated = Tensor();
+                                    .rows = &rows,
+                                    .reverse = reverse});
 
-  add_weight_gradient(ddt, parts.dt, grad.dt_proj);
+  add_weight_gradient(backend, ddt, parts.dt, grad.dt_proj);
   backend.run(Gemm{.a = ddt, .b = weights.dt_proj, .c = dparts.dt});
   ddt = Tensor();
 
@@ -223,11 +247,11 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
                                .eps = config.mixer_eps});
   }
 
-  add_weight_gradient(ddbc, saved.conv, grad.x_proj);
+  add_weight_gradient(backend, ddbc, saved.conv, grad.x_proj);
   backend.run(Gemm{.a = ddbc, .b = weights.x_proj, .c = dconv, .beta = 1});
   ddbc = Tensor();
 
-  backend.run(Conv1dBackward{.x = saved.xz.view().columns(0, e),
+  backend.run(Conv1dBackward{.x = xz.columns(0, e),
                              .weight = conv_taps(weights.conv_weight),
                              .dy = dconv,
                              .bias = view_or_none(weights.conv_bias),
@@ -236,13 +260,43 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
                              .dweight = conv_taps(grad.conv_weight),
                              .dbias = view_or_none(grad.conv_bias),
                              .dstate = dstate ? dstate->conv.view() : View{},
-                             .rows = &rows});
-  dconv = Tensor();
+                             .rows = &rows,
+                             .reverse = reverse});
+  return dxz;
+}
 
-  add_weight_gradient(dxz, saved.u, grad.in_proj);
-  add_bias_gradient(dxz, grad.in_proj_bias);
-  Tensor du(backend, act, {t, config.d});
-  backend.run(Gemm{.a = dxz, .b = weights.in_proj, .c = du});
+}  // namespace
+
+Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
+                const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
+                Mamba1State* dstate, Mamba1Weights& grad) {
+  const int64_t t = rows.total();
+  const DType act = backend.activations(weights.in_proj.view().dtype);
+  const auto add_bias_gradient = [&](const View& dout, const Tensor& dbias) {
+    if (dbias) backend.run(SumRows{.x = dout, .out = dbias});
+  };
+  if (config.bidirectional) initial = dstate = nullptr;
+
+  add_weight_gradient(backend, dy, saved.y, grad.out_proj);
+  if (config.bidirectional) add_weight_gradient(backend, dy, saved.back.y, grad.out_proj);
+  add_bias_gradient(dy, grad.out_proj_bias);
+  Tensor dgated(backend, act, {t, config.e});  // of y and of y_b alike
+  backend.run(Gemm{.a = dy, .b = weights.out_proj, .c = dgated});
+
+  Tensor du;  // (t, d)
+  const auto through_in_proj = [&](const Tensor& dxz, float beta) {
+    if (!du) du = Tensor(backend, act, {t, config.d});
+    add_weight_gradient(backend, dxz, saved.u, grad.in_proj);
+    add_bias_gradient(dxz, grad.in_proj_bias);
+    backend.run(Gemm{.a = dxz, .b = weights.in_proj, .c = du, .beta = beta});
+  };
+  through_in_proj(backward(backend, config, weights, saved.xz, saved, rows, dgated, initial, dstate,
+                           grad, false),
+                  0);
+  if (config.bidirectional)
+    through_in_proj(backward(backend, config, weights.back, saved.xz, saved.back, rows, dgated,
+                             nullptr, nullptr, grad.back, true),
+                    1);
   return du;
 }
 

@@ -78,7 +78,8 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     before = held();
     int64_t length = request.length, sequences = request.sequences;
     std::optional<State> kept;
-    if (request.chunk > 0 && length > request.chunk) {  // then each sequence is on its own
+    const bool cut = request.chunk > 0 && length > request.chunk && !config.trains_whole();
+    if (cut) {  // then each sequence is on its own
       // Chunks in the middle are alike: a few are run, for the others their states are held.
       constexpr int64_t kRun = 4;
       const int64_t chunks = (length + request.chunk - 1) / request.chunk;
@@ -97,11 +98,13 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     train(backend, rounded ? *rounded : model, Rows::equal(backend, sequences, length), grad,
           request.chunk);
   } else {
+    const bool whole = config.bidirectional;  // no state is carried
     const int64_t steps =
-        request.chunk > 0 ? std::min(request.chunk, request.length) : request.length;
+        request.chunk > 0 && !whole ? std::min(request.chunk, request.length) : request.length;
     std::vector<Piece> pieces;
     for (int32_t i = 0; i < request.sequences; ++i)
-      pieces.push_back({.begin = i * steps, .length = steps, .from = i, .to = i});
+      pieces.push_back(
+          {.begin = i * steps, .length = steps, .from = whole ? -1 : i, .to = whole ? -1 : i});
     const Rows rows(backend, std::move(pieces));
     State state(backend, config, static_cast<int32_t>(request.sequences));
     plan.state = held() - plan.weights;

@@ -171,6 +171,13 @@ void Batch::add(std::span<const uint8_t> codes, int32_t label, Objective objecti
   targets.push_back(label);
 }
 
+void Batch::add_strand(std::span<const uint8_t> codes, const FrontEnd& front) {
+  const auto begin = static_cast<int64_t>(ids.size());
+  std::vector<int32_t> next;
+  front.append(codes, 0, -1, ids, next);
+  pieces.push_back({.begin = begin, .length = static_cast<int64_t>(ids.size()) - begin});
+}
+
 Batches::Batches(const Examples& all, std::vector<Example> train, const BatchOptions& options)
     : all_(all), train_(std::move(train)), options_(options) {
   for (const Example& item : train_) tokens_ += item.length;
@@ -287,6 +294,9 @@ void Batches::add(Batch& batch, const Example& item, Philox& random) const {
   if (options_.condition_dropout > 0 && random.uniform() < options_.condition_dropout)
     label = options_.front.no_label();
   batch.add(codes, label, options_.objective, options_.front, context);
+  if (!options_.pairs) return;
+  dna::reverse_complement(codes);
+  batch.add_strand(codes, options_.front);
 }
 
 }  // namespace coil

@@ -45,6 +45,8 @@ struct Batch {
   // The first `context` codes are of a window's past: see FrontEnd::append.
   void add(std::span<const uint8_t> codes, int32_t label, Objective objective,
            const FrontEnd& front = FrontEnd(), int64_t context = 0);
+  // Another sequence, which shares the label of the one before it.
+  void add_strand(std::span<const uint8_t> codes, const FrontEnd& front);
 };
 
 struct BatchOptions {
@@ -54,6 +56,7 @@ struct BatchOptions {
   // Windows: the longest of so many epochs, then of the next; 0: to the end. Empty: max_length.
   std::vector<std::pair<int64_t, double>> lengths = {};
   bool reverse_complement = true;
+  bool pairs = false;  // every sequence, and behind it its reverse complement
   double mutate = 0;
   double condition_dropout = 0;  // share of examples without their label
   uint64_t seed = 1;

@@ -21,13 +21,12 @@ std::vector<float> logits_of(Backend& backend, const Model& model, Stream::Batch
   return {host.as<float>(), host.as<float>() + host.count()};
 }
 
-// values += softmax(logits)
-void add_softmax(const float* logits, std::vector<double>& values) {
-  const double top = *std::max_element(logits, logits + values.size());
-  std::vector<double> powers(values.size());
+std::vector<double> softmax(std::vector<double> values) {
+  const double top = *std::max_element(values.begin(), values.end());
   double sum = 0;
-  for (size_t i = 0; i < powers.size(); i++) sum += powers[i] = std::exp(logits[i] - top);
-  for (size_t i = 0; i < powers.size(); i++) values[i] += powers[i] / sum;
+  for (double& value : values) sum += value = std::exp(value - top);
+  for (double& value : values) value /= sum;
+  return values;
 }
 
 // The mean over the units that share an answer.
@@ -46,7 +45,10 @@ class Average {
     group_ = group;
     const auto length = static_cast<double>(unit.length());
     weight_ += length;
-    for (size_t i = 0; i < sum_.size(); i++) sum_[i] += length * unit.values[i] / unit.strands;
+    std::vector<double> values = unit.values;  // mean over the strands
+    for (double& value : values) value /= unit.strands;
+    if (config_.equivariant) values = softmax(std::move(values));
+    for (size_t i = 0; i < sum_.size(); i++) sum_[i] += length * values[i];
     answer_.end += options_.per == AnswerPer::unit ? 0 : unit.fresh;
   }
 
@@ -116,6 +118,8 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
               const std::function<void(const Answer&)>& emit,
               const std::function<void(const Stream&)>& progress) {
   const size_t classes = model.config.labels.size();
+  if (model.config.equivariant && options.stream.strands != Strands::both)
+    throw UsageError("--strands: the model is equivariant, the mean of both strands");
   Average average(model.config, options, emit);
   const auto compute = [&](Backend& own, Stream::Batch& batch, State& state) {
     return logits_of(own, model, batch, state);  // (m, classes)
@@ -124,8 +128,11 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
     const float* row = logits.data();
     for (size_t i = 0; i < batch.pieces.size(); i++) {
       if (!batch.pieces[i].last) continue;
-      batch.units[i]->values.resize(classes);
-      add_softmax(row, batch.units[i]->values);
+      std::vector<double> of_strand(row, row + classes);
+      if (!model.config.equivariant) of_strand = softmax(std::move(of_strand));
+      std::vector<double>& values = batch.units[i]->values;
+      values.resize(classes);
+      for (size_t k = 0; k < classes; k++) values[k] += of_strand[k];
       row += classes;
     }
   };

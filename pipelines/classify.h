@@ -1,7 +1,7 @@
 // A class for every record, window, read pair or file.
 //   p = softmax of the class logits of the pooled hidden states, in f64. Averages are means of
 //   probabilities: the two strands of a unit weigh the same, the units of a pair or a file weigh by
-//   their bases or samples.
+//   their bases or samples. Of an equivariant model the logits of the strands are averaged instead.
 #pragma once
 
 #include <functional>

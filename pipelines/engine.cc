@@ -11,10 +11,12 @@ void run_stream(Backend& backend, const Model& model, Source& source, const Stre
   const bool chosen_here = chosen.batch <= 0;
   if (chosen_here)
     chosen.batch = fitting_batch(backend, model.config, model.embedding.view().dtype, chosen.note);
+  if (model.config.bidirectional)
+    chosen.whole = longest_whole(backend, model.config, model.embedding.view().dtype);
   Workers workers(backend);
   Stream stream(source, chosen, workers.count(), FrontEnd(model.config));
   State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
-  Parts parts(stream, chosen_here, chosen.note);
+  Parts parts(stream, chosen_here && chosen.whole == 0, chosen.note);
   std::vector<Stream::Batch> batches(workers.count());
   std::vector<std::vector<float>> numbers(batches.size());
   while (const int filled = stream.next(batches)) {

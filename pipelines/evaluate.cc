@@ -66,6 +66,9 @@ class Evaluator {
           fitting_batch(backend, model.config, model.embedding.view().dtype, options_.note);
     }
     if (front_.audio()) options_.both_strands = false;
+    if (model.config.equivariant) options_.both_strands = true;
+    if (model.config.bidirectional)
+      whole_ = longest_whole(backend, model.config, model.embedding.view().dtype);
   }
 
   Evaluation run() {
@@ -83,6 +86,8 @@ class Evaluator {
       result_.bits_per_base = result_.metrics.loss / std::numbers::ln2;
       return std::move(result_);
     }
+    if (model_.config.equivariant)
+      for (size_t i = 0; i < items_.size(); ++i) softmax(&result_.probabilities[i * classes_]);
     std::vector<int32_t> truth;
     for (const Example& item : items_) truth.push_back(item.label);
     result_.metrics = measure(truth, result_.probabilities, classes_);
@@ -104,7 +109,10 @@ class Evaluator {
     read(strand, ids, targets);
     const auto length = static_cast<int64_t>(ids.size());
     if (static_cast<int64_t>(ids_.size()) + length > options_.batch_tokens) flush();
-    if (length > options_.batch_tokens) return long_item(strand.item, ids, targets);
+    if (whole_ > 0)
+      check_whole(length, whole_, all_.names[items_[strand.item].record]);
+    else if (length > options_.batch_tokens)
+      return long_item(strand.item, ids, targets);
     pieces_.push_back({.begin = static_cast<int64_t>(ids_.size()), .length = length});
     ids_.insert(ids_.end(), ids.begin(), ids.end());
     targets_.insert(targets_.end(), targets.begin(), targets.end());
@@ -131,7 +139,7 @@ class Evaluator {
   }
 
   bool halve(int64_t rows) {
-    if (!may_halve_ || rows / 2 < kFewestRows) return false;
+    if (!may_halve_ || rows / 2 < kFewestRows || batch_.size() == 1) return false;
     backend_.release_kept();
     options_.batch_tokens = rows / 2;
     if (options_.note)
@@ -200,12 +208,18 @@ class Evaluator {
 
   void add_probabilities(View logits, int64_t row_index, int64_t item) {
     const float* row = logits.row<float>(row_index);
-    const double top = *std::max_element(row, row + classes_);
-    double sum = 0;
-    for (int64_t k = 0; k < classes_; ++k) sum += std::exp(row[k] - top);
+    std::vector<double> values(row, row + classes_);
+    if (!model_.config.equivariant) softmax(values.data());  // else of the mean of the logits
     const double share = options_.both_strands ? 0.5 : 1.0;
     for (int64_t k = 0; k < classes_; ++k)
-      result_.probabilities[item * classes_ + k] += share * std::exp(row[k] - top) / sum;
+      result_.probabilities[item * classes_ + k] += share * values[k];
+  }
+
+  void softmax(double* values) const {
+    const double top = *std::max_element(values, values + classes_);
+    double sum = 0;
+    for (int64_t k = 0; k < classes_; ++k) sum += values[k] = std::exp(values[k] - top);
+    for (int64_t k = 0; k < classes_; ++k) values[k] /= sum;
   }
 
   Backend& backend_;
@@ -216,6 +230,7 @@ class Evaluator {
   FrontEnd front_;
   bool lm_, may_halve_ = false;
   int64_t classes_;
+  int64_t whole_ = 0;  // longest item of a bidirectional model
   Evaluation result_;
   double nats_ = 0;
   int64_t counted_ = 0;

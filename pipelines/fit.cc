@@ -44,6 +44,16 @@ int64_t fitting_batch(const Backend& backend, const Config& config, DType matric
   return rows;
 }
 
+int64_t longest_whole(const Backend& backend, const Config& config, DType matrices) {
+  constexpr int64_t kSteps = 1 << 16;  // what a step takes is measured over these
+  const int64_t room = backend.memory().room();
+  const int64_t usable =
+      room >= 0 ? plannable(room, backend.device())
+                : static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
+  const MemoryPlan plan = plan_of(config, matrices, backend.device(), kSteps);
+  return std::max<int64_t>(kFewestRows, usable / (plan.activations / kSteps + 1));
+}
+
 int64_t fitting_chunk(const Backend& backend, const Config& config, DType matrices, int64_t longest,
                       int64_t rows) {
   const Memory memory = backend.memory();

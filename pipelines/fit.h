@@ -25,6 +25,10 @@ int64_t plannable(int64_t room, Device device);
 int64_t fitting_batch(const Backend& backend, const Config& config, DType matrices,
                       const Note* note = nullptr);
 
+// The longest sequence that inference can take in one piece, as a bidirectional model must, beside
+// a model that the device holds already; half of a CPU's memory may be planned with.
+int64_t longest_whole(const Backend& backend, const Config& config, DType matrices);
+
 // Steps of a sequence that training can take at once, see Cut in model/loss.h: 0, whole, where the
 // longest fits beside the rest of training, of which nothing is held yet; else the largest half,
 // quarter, … of `rows`, the steps of whole sequences at once, that does. Of a CPU whose memory is

@@ -10,8 +10,20 @@ namespace coil {
 
 FrontEnd::FrontEnd() : counted_from_(dna::kA), counted_to_(dna::kT + 1), softmaxes_{{dna::kA, 4}} {}
 
+int32_t Kmers::next(int32_t token) {
+  if (k_ == 1) return token;
+  if (token < dna::kA || token > dna::kT) {
+    run_ = 0;
+    return token;
+  }
+  value_ = (value_ << 2 | (token - dna::kA)) & mask_;
+  if (++run_ < k_) return token;
+  return static_cast<int32_t>(Config::kLetters + value_);
+}
+
 FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
   lm_ = config.objective == Objective::lm;
+  kmer_ = config.kmer;
   if (config.audio.rate == 0) return;
   step_ = config.audio.codes == SampleCodes::pcm16 ? 2 : 1;
   prefix_ = 1;
@@ -35,9 +47,10 @@ void FrontEnd::append(std::span<const uint8_t> codes, int64_t context, int32_t l
                       std::vector<int32_t>& ids, std::vector<int32_t>& targets) const {
   for (int64_t i = 0; i < prefix_; ++i) ids.push_back(id(begin_, label));
   const int64_t uncounted = std::max<int64_t>(context, prefix_ > 0 ? 0 : 1);
+  Kmers kmers = this->kmers();
   for (int64_t i = 0; i < static_cast<int64_t>(codes.size()); ++i) {
     const int32_t next = token(codes[i], i);
-    ids.push_back(id(next, label));
+    ids.push_back(id(kmers.next(next), label));
     if (i + prefix_ > 0) targets.push_back(i >= uncounted && counted(next) ? next : -1);
   }
   targets.push_back(-1);  // nothing comes after the last code

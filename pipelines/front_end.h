@@ -16,6 +16,17 @@
 
 namespace coil {
 
+// The rows of the embedding that the tokens of a sequence read, one token after another:
+// themselves, or where a network reads k-mers, that of the k bases that end there.
+class Kmers {
+ public:
+  explicit Kmers(int64_t k = 1) : k_(k), mask_((int64_t{1} << 2 * k) - 1) {}
+  int32_t next(int32_t token);
+
+ private:
+  int64_t k_, mask_, value_ = 0, run_ = 0;  // run_: bases since the begin or an N
+};
+
 class FrontEnd {
  public:
   FrontEnd();  // DNA
@@ -37,6 +48,7 @@ class FrontEnd {
     return token + vocab_ * label;
   }
   int32_t no_label() const { return labels_; }
+  Kmers kmers() const { return Kmers(kmer_); }  // at the begin of a sequence
   void check_label(int32_t label) const;
   bool counted(int32_t token) const { return token >= counted_from_ && token < counted_to_; }
 
@@ -55,7 +67,7 @@ class FrontEnd {
                             const std::vector<int32_t>& targets) const;
 
  private:
-  int64_t step_ = 1, prefix_ = 0;
+  int64_t step_ = 1, prefix_ = 0, kmer_ = 1;
   int32_t begin_ = 0, labels_ = 0, vocab_ = 0;  // the begin token; labels of a conditional model
   int32_t counted_from_, counted_to_;
   bool lm_ = true;

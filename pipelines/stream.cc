@@ -11,13 +11,22 @@ namespace coil {
 constexpr int64_t kCache =
     6 << 20;  // bytes; measured: 1,024 rows at d 128, two cores of 2 MiB L2 each
 
-constexpr int64_t kDeviceMemory = 2LL << 30;  // bytes
+constexpr int64_t kDeviceMemory = 2LL << 30;        // bytes
+constexpr int64_t kWholeRecord = int64_t{1} << 60;  // a window that no record fills
 
 Strands parse_strands(const std::string& text) {
   if (text == "both") return Strands::both;
   if (text == "forward") return Strands::forward;
   if (text == "reverse") return Strands::reverse;
   throw UsageError(fmt::format("--strands: '{}' is none of both, forward, reverse", text));
+}
+
+void check_whole(int64_t length, int64_t limit, const std::string& name) {
+  if (length > limit)
+    throw Error(fmt::format("record '{}' has {} bases; the model reads records whole, from both "
+                            "ends, and {} fit into memory",
+                            name, length, limit),
+                "cut it with --window; or a model that is not bidirectional");
 }
 
 int64_t auto_batch(const Config& config, Device device) {
@@ -42,6 +51,7 @@ struct Stream::Sequence {
   int64_t position = 0;  // next step
   int64_t base = 0;      // of codes[0]
   int32_t slot = -1;     // where its state stands; -1: it has none yet
+  Kmers kmers;
   std::vector<uint8_t> codes;
 
   int64_t readable() const { return base + static_cast<int64_t>(codes.size()); }
@@ -51,6 +61,7 @@ Stream::Stream(Source& source, const StreamOptions& options, int parallel, const
     : source_(source), options_(options), front_(front) {
   COIL_ASSERT(options_.batch > 0);
   COIL_ASSERT(!front.audio() || options_.strands == Strands::forward);
+  if (options_.whole && options_.window == 0) options_.window = kWholeRecord;
   options_.window *= front.step();
   options_.stride *= front.step();
   if (options_.chunk <= 0 || options_.chunk > options_.batch) options_.chunk = options_.batch;
@@ -84,6 +95,7 @@ void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
     if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
     auto sequence = std::make_unique<Sequence>();
     sequence->unit = &unit;
+    sequence->kmers = front_.kmers();
     sequence->reverse = reverse;
     sequence->length = front_.prefix() + length;
     sequence->base = front_.prefix();
@@ -106,6 +118,7 @@ void Stream::end_open() {
     if (!open_->spill || (!reverse && options_.strands == Strands::reverse)) continue;
     auto sequence = std::make_unique<Sequence>();
     sequence->unit = open_;
+    sequence->kmers = front_.kmers();
     sequence->reverse = reverse;
     sequence->length = open_length_;
     active_.push_back(std::move(sequence));
@@ -174,6 +187,7 @@ bool Stream::read() {
     } else {
       open_forward_ = active_.emplace_back(std::make_unique<Sequence>()).get();
       open_forward_->unit = open_;
+      open_forward_->kmers = front_.kmers();
       open_forward_->base = front_.prefix();
       promised_ += front_.prefix();
     }
@@ -235,7 +249,13 @@ bool Stream::fill(Batch& batch, size_t& i) {
       continue;
     }
     Sequence& sequence = *active_[i];
-    const int64_t count = prepare(sequence, std::min(budget, options_.chunk));
+    int64_t most = std::min(budget, options_.chunk);
+    if (options_.whole) {
+      check_whole(sequence.length, options_.whole, sequence.unit->name);
+      if (sequence.length > budget && budget < options_.batch) return true;
+      most = sequence.length;
+    }
+    const int64_t count = prepare(sequence, most);
     const bool last = sequence.position + count == sequence.length;
     Piece piece{.begin = options_.batch - budget,
                 .length = count,
@@ -256,7 +276,7 @@ bool Stream::fill(Batch& batch, size_t& i) {
     const int64_t end = sequence.position + count;
     for (int64_t at = sequence.position; at < end; ++at) {
       const int32_t now = token(sequence, at);
-      batch.ids.push_back(front_.id(now, sequence.unit->label));
+      batch.ids.push_back(front_.id(sequence.kmers.next(now), sequence.unit->label));
       if (at > sequence.position) batch.next.push_back(now);
     }
     batch.next.push_back(last ? -1 : token(sequence, end));

@@ -43,9 +43,14 @@ struct StreamOptions {
   int64_t stride = 0;  // 0: the window
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
+  // Of a bidirectional model: records and windows are never cut, and are at most so long; 0: cut as
+  // they must.
+  int64_t whole = 0;
   // Told, once, where memory makes batches smaller than they would be.
   const Note* note = nullptr;
 };
+// Throws where a sequence that is read whole is longer than `limit`.
+void check_whole(int64_t length, int64_t limit, const std::string& name);
 // A function of the network and the kind of device alone. CPU: rows whose activations in one layer
 // stay in the cache. GPU: rows that fill it, within 2 GB.
 int64_t auto_batch(const Config& config, Device device);

@@ -55,10 +55,11 @@ Config Trainer::network() const {
   Config config;
   if (!options_.from.empty()) {
     config = read_config(options_.from);
+    const int64_t tokens = config.kmer > 1 ? config.vocab : dna::kVocab;
     if (!options_.audio)
-      check(config.alphabet == "dna" && config.vocab == dna::kVocab,
+      check(config.alphabet == "dna" && config.vocab == tokens,
             "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
-            config.alphabet, config.vocab, dna::kVocab);
+            config.alphabet, config.vocab, tokens);
   } else {
     config = network_of(options_);
   }
@@ -73,10 +74,13 @@ Config Trainer::network() const {
     const int64_t vocab = audio_vocabulary(config);
     config.vocab = options_.from.empty() ? vocab : std::max(config.vocab, vocab);
   } else {
-    config.vocab = dna::kVocab;
+    config.vocab = dna::kVocab + (config.kmer > 1 ? int64_t{1} << 2 * config.kmer : 0);
     config.alphabet = "dna";
+    config.equivariant = options_.strands == "equivariant";
+    if (config.equivariant) config.model_type = "coil";
   }
   config.unknown.clear();
+  check_directions(config, options_.from.empty() ? "the network" : options_.from);
   return config;
 }
 
@@ -170,6 +174,7 @@ void Trainer::begin() {
                                              .max_length = options_.max_length,
                                              .lengths = options_.lengths,
                                              .reverse_complement = options_.reverse_complement,
+                                             .pairs = config.equivariant && !lm(),
                                              .mutate = options_.mutate,
                                              .condition_dropout = config.condition_dropout,
                                              .seed = options_.seed,
@@ -184,6 +189,8 @@ void Trainer::begin() {
   if (!options_.from.empty()) {
     options_.mixers = mixer_names(config);
     options_.topology = config.inner.empty() ? "stack" : "unet";
+    options_.bidirectional = config.bidirectional;
+    options_.kmer = config.kmer;
   }
   model_ = make_model(backend_, config, options_.seed);
   grad_ = zeros_like(backend_, model_);

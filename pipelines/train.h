@@ -45,8 +45,11 @@ struct TrainOptions {
   std::string pool, widths;
   int64_t mlp =
       -1;  // inner width of the MLP behind each mixer, in widths; -1: 2 in a U-Net, else 0
-  int64_t s4d_states = 32;       // complex
-  std::string s4d_init = "lin";  // lin | inv | legs
+  bool bidirectional = false;       // every layer from both ends
+  std::string strands = "average";  // average | equivariant: see Config::equivariant
+  int64_t kmer = 1;                 // bases that an embedding is of
+  int64_t s4d_states = 32;          // complex
+  std::string s4d_init = "lin";     // lin | inv | legs
   Pooling pooling = Pooling::mean;
   int64_t steps = 0;  // 0: from epochs
   double epochs = 6;

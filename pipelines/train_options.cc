@@ -34,12 +34,12 @@ constexpr Preset kPresets[] = {
 };
 // What older checkpoints lack; their defaults are what those runs had.
 constexpr std::string_view kLater[] = {
-    "precision", "audio",      "rate",          "codes",
-    "trim",      "labels",     "label_pattern", "condition",
-    "mixers",    "s4d_states", "s4d_init",      "topology",
-    "pool",      "widths",     "mlp",           "condition_dropout",
-    "dt_rank",   "lengths",    "accumulate",    "chunk",
-    "truncate"};
+    "precision", "audio",         "rate",          "codes",
+    "trim",      "labels",        "label_pattern", "condition",
+    "mixers",    "s4d_states",    "s4d_init",      "topology",
+    "pool",      "widths",        "mlp",           "condition_dropout",
+    "dt_rank",   "lengths",       "accumulate",    "chunk",
+    "truncate",  "bidirectional", "strands",       "kmer"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -75,6 +75,9 @@ void visit(Options& o, F f) {
   f("pool", o.pool, true);
   f("widths", o.widths, true);
   f("mlp", o.mlp, true);
+  f("bidirectional", o.bidirectional, true);
+  f("strands", o.strands, true);
+  f("kmer", o.kmer, true);
   f("steps", o.steps, true);
   f("epochs", o.epochs, true);
   f("batch_tokens", o.batch_tokens, true);
@@ -153,9 +156,16 @@ Config network_of(const TrainOptions& options) {
   } else {
     config.layers = parse_mixers(options.mixers, options.layers);
   }
+  config.bidirectional = options.bidirectional;
+  config.kmer = options.kmer;
+  if (config.kmer > 1) config.tie = false;
   const bool mamba = std::ranges::all_of(
       config.layers, [](const LayerConfig& layer) { return layer.mixer == MixerKind::mamba1; });
-  if (unet || !mamba || config.mlp > 0) config.model_type = "coil";
+  if (config.bidirectional && (unet || !mamba))
+    throw UsageError(fmt::format("--bidirectional: expected a stack of mamba1, found {}",
+                                 unet ? "a U-Net" : mixer_names(config)));
+  if (unet || !mamba || config.mlp > 0 || config.bidirectional || config.kmer > 1)
+    config.model_type = "coil";
   return config;
 }
 
@@ -172,6 +182,9 @@ void check_audio(const TrainOptions& o) {
   if (o.audio) {
     refuse(o.mutate > 0, "mutate");
     refuse(!o.table.empty(), "table");
+    refuse(o.strands != "average", "strands");
+    refuse(o.kmer > 1, "kmer");
+    refuse(o.bidirectional, "bidirectional");
     if (o.condition && o.objective != Objective::lm)
       throw UsageError("--condition is for a language model: it does not go with --task classify");
     if (!o.condition && o.objective == Objective::lm &&
@@ -228,6 +241,19 @@ void check_ranges(const TrainOptions& o) {
   within("max-minutes", o.max_minutes, 0, kAny);
   within("trim", o.trim, 0, 200);
   within("rate", static_cast<double>(o.rate), 0, 1 << 24);
+  within("kmer", static_cast<double>(o.kmer), 1, Config::kMaxKmer);
+  if (o.strands != "average" && o.strands != "equivariant")
+    throw UsageError(fmt::format("--strands '{}': expected average or equivariant", o.strands));
+  if (o.objective == Objective::lm && (o.bidirectional || o.strands == "equivariant"))
+    throw UsageError(fmt::format("--{}: a causal language model would see what it predicts",
+                                 o.bidirectional ? "bidirectional" : "strands equivariant"),
+                     "--objective mlm");
+  if (o.strands == "equivariant" && !o.reverse_complement)
+    throw UsageError(
+        "--strands equivariant: both strands are one, --no-reverse-complement says "
+        "that they differ");
+  if (o.truncate && (o.bidirectional || o.strands == "equivariant"))
+    throw UsageError("--truncate: sequences are read whole");
   check_audio(o);
   if (o.from.empty()) network_of(o);  // else the network is that of a model
 }
