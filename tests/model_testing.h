@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <span>
@@ -131,6 +132,43 @@ inline double relative_difference(std::span<const float> a, std::span<const floa
     norm += static_cast<double>(b[i]) * b[i];
   }
   return std::sqrt(difference / norm);
+}
+
+// Of a model on a CPU: along its own gradient g, each tensor's loss must rise by |g| per unit; and
+// single entries by theirs.
+template <class Loss>
+void expect_slopes(Model& model, Model& grad, const Loss& mean_loss) {
+  const std::vector<Param> weights = declare(model), gradients = declare(grad);
+  const auto difference = [&](std::span<float> w, const std::vector<float>& direction,
+                              double step) {
+    const std::vector<float> before(w.begin(), w.end());
+    const auto at = [&](double h) {
+      for (size_t i = 0; i < w.size(); ++i) w[i] = static_cast<float>(before[i] + h * direction[i]);
+      return mean_loss();
+    };
+    const auto central = [&](double h) { return (at(h) - at(-h)) / (2 * h); };
+    const double slope =
+        (4 * central(step / 2) - central(step)) / 3;  // Richardson: error of step^4
+    std::copy(before.begin(), before.end(), w.begin());
+    return slope;
+  };
+  for (size_t p = 0; p < weights.size(); ++p) {
+    const std::span<float> w = weights[p].tensor->span<float>(),
+                           g = gradients[p].tensor->span<float>();
+    double norm = 0;
+    for (float value : g) norm += static_cast<double>(value) * value;
+    norm = std::sqrt(norm);
+    ASSERT_GT(norm, 2e-4) << weights[p].info.name;
+    std::vector<float> direction(g.size());
+    for (size_t i = 0; i < g.size(); ++i) direction[i] = static_cast<float>(g[i] / norm);
+    EXPECT_NEAR(difference(w, direction, 1e-2), norm, 0.01 * norm + 1e-5) << weights[p].info.name;
+
+    const auto i = static_cast<size_t>(std::max_element(g.begin(), g.end()) - g.begin());
+    std::vector<float> unit(g.size(), 0.0f);
+    unit[i] = 1;
+    EXPECT_NEAR(difference(w, unit, 1e-2), g[i], 0.01 * std::fabs(g[i]) + 1e-5)
+        << weights[p].info.name << " at " << i;
+  }
 }
 
 inline bool same_bits(std::span<const float> a, std::span<const float> b) {
