@@ -37,7 +37,7 @@ struct Common {  // what the parts of a batch share
   float scale;  // of the gradient of the sum
   bool truncate;
 
-  bool lm() const { return model.config.objective == Objective::lm; }
+  bool lm() const { return model.config.objective != Objective::classify; }  // or mlm
 };
 
 // Adds the losses to the total. Returns the logits' gradient: in their place unless the caller

@@ -13,6 +13,7 @@
 #include "model/batch.h"
 #include "model/config.h"
 #include "pipelines/front_end.h"
+#include "pipelines/masks.h"
 
 namespace coil {
 
@@ -37,14 +38,17 @@ std::vector<Example> cut_windows(std::span<const Example> stretches, int64_t min
 std::vector<Example> thin(std::vector<Example> items, int64_t tokens);
 
 struct Batch {
-  std::vector<int32_t> ids;      // (t)
-  std::vector<int32_t> targets;  // lm: (t), the next id, -1 not counted; classify: (m)
-  int64_t codes = 0;             // of the sequences; ids has what a front end adds to them too
+  std::vector<int32_t> ids;  // (t)
+  // (t): lm the next id, mlm that of the place, -1 not counted; classify: (m).
+  std::vector<int32_t> targets;
+  int64_t codes = 0;  // of the sequences; ids has what a front end adds to them too
   std::vector<Piece> pieces;
   int64_t epoch = 0, next = 0;  // the cursor after it
   // The first `context` codes are of a window's past: see FrontEnd::append.
   void add(std::span<const uint8_t> codes, int32_t label, Objective objective,
            const FrontEnd& front = FrontEnd(), int64_t context = 0);
+  // mlm: targets of the places, kUncounted or a code.
+  void add(std::span<const uint8_t> codes, std::span<const uint8_t> places, const FrontEnd& front);
 };
 
 struct BatchOptions {
@@ -56,6 +60,7 @@ struct BatchOptions {
   bool reverse_complement = true;
   double mutate = 0;
   double condition_dropout = 0;  // share of examples without their label
+  Masking masking = {};          // mlm; share 0: targets are those of the data
   uint64_t seed = 1;
   FrontEnd front = {};
 };
@@ -72,7 +77,11 @@ class Batches {
  private:
   void draw_records(int64_t step, Batch& batch);
   void draw_windows(int64_t step, Batch& batch) const;
-  void add(Batch& batch, const Example& item, class Philox& random) const;
+  struct Draws {  // of a batch: augmentation; masks, which change nothing in the former
+    Philox augment, mask;
+  };
+  Draws draws(int64_t step) const;
+  void add(Batch& batch, const Example& item, Draws& draws) const;
 
   struct Pool {  // a class's stretches
     std::vector<Example> stretches;
