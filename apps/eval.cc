@@ -19,7 +19,7 @@ using nlohmann::json;
 struct EvalOptions {
   std::string model;
   std::vector<std::string> data;
-  std::string sequence_column = "sequence", label_column = "label", table;
+  std::string sequence_column = "sequence", label_column = "label", table, target_column;
   Size window{0}, batch_tokens{0};
   std::string strands = "both";
   LabelChoice labels;
@@ -35,8 +35,10 @@ po::options_description describe(EvalOptions& o) {
       ("data", po::value(&o.data)->value_name("DATA"),
        "CSV/TSV, a folder per class, or FASTA with --table; for a language model any of these, "
        "FASTA, FASTQ, SAM or BAM. Of audio: recordings or a folder of them. Of either: datasets")  //
-      ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                        //
-      ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                              //
+      ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")  //
+      ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")        //
+      ("target-column", option(o.target_column, "NAME"),
+       "of CSV/TSV: what each place is to put out; default: as in training")                      //
       ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")          //
       ("window", option(o.window, "SIZE"), "cut records into windows of this; 0: whole records")  //
       ("strands", option(o.strands, "WHICH"), "both (averaged) | forward")                        //
@@ -48,15 +50,18 @@ po::options_description describe(EvalOptions& o) {
   return options;
 }
 
-const char* unit_of(const Config& config) { return config.audio.rate > 0 ? "sample" : "base"; }
+const char* unit_of(const Config& config) {
+  return config.audio.rate > 0 ? "sample" : config.letters() ? "letter" : "base";
+}
 
 json number(double value) { return std::isfinite(value) ? json(value) : json(nullptr); }
 
 std::string as_json(const Evaluation& evaluation, const Config& config) {
   const Metrics& m = evaluation.metrics;
   json out = {{"count", m.count}, {"loss", number(m.loss)}};
-  if (config.objective == Objective::lm) {
+  if (config.objective != Objective::classify) {
     out[fmt::format("bits_per_{}", unit_of(config))] = number(evaluation.bits_per_base);
+    if (config.objective == Objective::mlm) out["accuracy"] = number(m.accuracy);
     return out.dump(2) + "\n";
   }
   out["accuracy"] = m.accuracy;
@@ -82,6 +87,10 @@ std::string as_table(const Evaluation& evaluation, const Config& config) {
     return fmt::format("{1:<{0}}{2}\n{3:<{0}}{4:.4f}\n{5:<{0}}{6:.4f}\n", unit.size() + 11,
                        unit + "s", m.count, "bits per " + unit, evaluation.bits_per_base,
                        "loss (nats)", m.loss);
+  if (config.objective == Objective::mlm)
+    return fmt::format("{1:<{0}}{2}\n{3:<{0}}{4:.4f}\n{5:<{0}}{6:.4f}\n{7:<{0}}{8:.4f}\n",
+                       unit.size() + 11, "places", m.count, "accuracy", m.accuracy,
+                       "bits per " + unit, evaluation.bits_per_base, "loss (nats)", m.loss);
   std::string out = fmt::format(
       "examples  {}\naccuracy  {:.4f}\nmacro F1  {:.4f}\nMCC       {:.4f}\nAUROC     {:.4f}\nloss  "
       "    {:.4f}\n\n",
@@ -115,16 +124,18 @@ std::string as_table(const Evaluation& evaluation, const Config& config) {
   return out;
 }
 
-Examples dna(const EvalOptions& options, const Config& config) {
-  check(config.alphabet == "dna", "'{}': its alphabet is '{}', expected 'dna'", options.model,
-        config.alphabet);
+Examples dna_or_letters(const EvalOptions& options, const Config& config) {
+  check(config.letters() || config.alphabet == "dna",
+        "'{}': its alphabet is '{}', expected 'dna' or letters", options.model, config.alphabet);
   return read_examples(options.data, {.sequence_column = options.sequence_column,
                                       .label_column = options.label_column,
                                       .table = options.table,
                                       .min_length = options.window,
                                       .max_length = options.window,
                                       .labels = config.labels,
-                                      .labelled = config.objective == Objective::classify});
+                                      .labelled = config.objective == Objective::classify,
+                                      .target_column = options.target_column,
+                                      .alphabet = config.letters() ? config.alphabet : ""});
 }
 
 Examples recordings(const EvalOptions& options, const Config& config) {
@@ -151,6 +162,20 @@ Examples datasets(const EvalOptions& options, const Config& config) {
   return all;
 }
 
+// The column that the model was trained on, or another one given; only such a model reads one.
+void settle_targets(EvalOptions& options, const Config& config, bool stored) {
+  if (config.target_column.empty()) {
+    if (!options.target_column.empty())
+      throw UsageError(
+          fmt::format("--target-column: '{}' was trained without targets", options.model));
+  } else if (options.target_column.empty()) {
+    options.target_column = config.target_column;
+  }
+  check(!stored || (options.target_column.empty() && !config.letters()),
+        "'{}' reads {}, which stand in CSV or TSV, not in a dataset", options.model,
+        config.letters() ? "letters" : "targets");
+}
+
 }  // namespace
 
 int run_eval(int argc, char** argv) {
@@ -162,7 +187,7 @@ int run_eval(int argc, char** argv) {
   if (!parse(argc, argv, "eval [options] MODEL DATA…",
              "Measures a model on labelled data: accuracy, recall, macro-F1, MCC, AUROC and the "
              "confusion\n"
-             "matrix; bits per base or sample of a language model.",
+             "matrix; bits per base or sample of a language model, and accuracy of a masked one.",
              described, {"model", "data"}, true, values))
     return 0;
   if (options.model.empty()) throw UsageError("no model folder");
@@ -178,14 +203,16 @@ int run_eval(int argc, char** argv) {
   const Model model = load_model(*backend, options.model, matrix_dtype(common));
   const Config& config = model.config;
   const bool stored = are_datasets(options.data);
+  settle_targets(options, config, stored);
   if (!stored && !options.split.empty()) throw UsageError("--split: no DATA is a dataset");
   const Examples all = stored                  ? datasets(options, config)
                        : config.audio.rate > 0 ? recordings(options, config)
-                                               : dna(options, config);
-  if (config.audio.rate > 0) settle_strands(config, values["strands"].defaulted(), options.strands);
+                                               : dna_or_letters(options, config);
+  settle_strands(config, values["strands"].defaulted(), options.strands);
   const EvaluateOptions how{.batch_tokens = options.batch_tokens,
                             .both_strands = options.strands == "both",
-                            .note = &kPrintNote};
+                            .note = &kPrintNote,
+                            .seed = common.seed};
   const Evaluation evaluation =
       with_memory_hint(*backend, model, "--batch-tokens", options.batch_tokens,
                        [&] { return evaluate(*backend, model, all, all.items, how); });

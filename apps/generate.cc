@@ -124,7 +124,8 @@ void check_options(const Options& options) {
 }
 
 void check_model(const Config& config, const std::string& where) {
-  check(config.objective == Objective::lm, "{}: is a classifier, expected a language model", where);
+  check(config.objective == Objective::lm, "{}: is a {}, expected a language model", where,
+        config.objective == Objective::mlm ? "masked language model" : "classifier");
   check(config.audio.rate > 0, "{}: is no model of audio, which is what generate writes", where);
 }
 

@@ -94,11 +94,19 @@ std::vector<Group> group_tensors(const std::vector<Param>& params,
 std::string objective_text(const Config& config) {
   if (config.objective == Objective::lm)
     return fmt::format("language model, {} head", config.tie ? "tied" : "untied");
+  if (config.objective == Objective::mlm) {
+    const std::string what =
+        config.target_column.empty()
+            ? fmt::format("masked language model, {:g} % masked", 100 * config.mask_share)
+            : fmt::format("tells column '{}'", config.target_column);
+    return fmt::format("{}, {} head", what, config.tie ? "tied" : "untied");
+  }
   return fmt::format("classifier of {} classes, {} pooling", config.labels.size(),
                      config.pooling == Pooling::mean ? "mean" : "last");
 }
 
 std::string front_end_text(const Config& config) {
+  if (config.letters()) return fmt::format(" · letters {}", config.alphabet);
   if (config.audio.rate == 0) return config.alphabet.empty() ? "" : " · " + config.alphabet;
   std::string text = fmt::format(
       " · audio at {} Hz, {}", with_commas(config.audio.rate),
@@ -222,7 +230,7 @@ std::string json_of(const InfoOptions& options, const Config& config,
                     const MemoryRequest& request, const MemoryPlan& plan) {
   Json json;
   json["model_type"] = config.model_type;
-  json["objective"] = config.objective == Objective::lm ? "lm" : "classify";
+  json["objective"] = name_of(config.objective);
   json["alphabet"] = config.alphabet;
   if (config.audio.rate > 0) {
     json["audio"] = {{"rate", config.audio.rate},

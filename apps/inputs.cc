@@ -257,9 +257,13 @@ std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& op
 }
 
 void settle_strands(const Config& config, bool defaulted, std::string& strands) {
-  if (config.audio.rate == 0) return;
+  const bool targets = !config.target_column.empty();  // of the strand given
+  if (config.audio.rate == 0 && !config.letters() && !targets) return;
   if (!defaulted && strands != "forward")
-    throw UsageError(fmt::format("--strands {}: audio has no other strand", strands));
+    throw UsageError(fmt::format("--strands {}: {} no other strand", strands,
+                                 config.audio.rate > 0 ? "audio has"
+                                 : targets             ? "targets have"
+                                                       : "letters have"));
   strands = "forward";
 }
 

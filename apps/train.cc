@@ -23,10 +23,11 @@ namespace {
 namespace po = boost::program_options;
 
 constexpr const char* kText =
-    "Trains a classifier (or, with --objective lm, a language model) and writes a model folder.\n"
+    "Trains a classifier (or, with --objective lm or mlm, a language model) and writes a model "
+    "folder.\n"
     "DATA is a CSV or TSV file with a sequence and a label column; or a folder with one folder of\n"
     "FASTA/FASTQ files per class; or FASTA files with --table; for lm any of these, or FASTA,\n"
-    "FASTQ, SAM or BAM alone.\n"
+    "FASTQ, SAM or BAM alone. Tables may have an --alphabet of their own.\n"
     "With --preset audio-… it is a folder of recordings (WAV, FLAC, OGG, MP3, AIFF, …) or such "
     "files:\n"
     "a language model unless --task classify says otherwise.\n"
@@ -119,8 +120,10 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        fmt::format("{}: applied before all other options", fmt::join(preset_names(), " | "))
            .c_str())  //
       ("objective",
-       choice(o.objective, {{"classify", Objective::classify}, {"lm", Objective::lm}}, "objective"),
-       "classify | lm")  //
+       choice(o.objective,
+              {{"classify", Objective::classify}, {"lm", Objective::lm}, {"mlm", Objective::mlm}},
+              "objective"),
+       "classify | lm: tell the next base | mlm: tell masked ones, or a --target-column")  //
       ("task",
        po::value<std::string>()
            ->notifier([&o](const std::string& given) {
@@ -160,9 +163,19 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        "mean | last: what the classifier sees of a sequence");
   data.add_options()  //
       ("data", po::value(&o.data)->value_name("DATA"),
-       "files or folders; also as plain arguments")                                       //
-      ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")                //
-      ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")                      //
+       "files or folders; also as plain arguments")                         //
+      ("sequence-column", option(o.sequence_column, "NAME"), "of CSV/TSV")  //
+      ("label-column", option(o.label_column, "NAME"), "of CSV/TSV")        //
+      ("target-column", option(o.target_column, "NAME"),
+       "of CSV/TSV, with --objective mlm: as long as the sequence, what each place is to put out, "
+       "'.' nothing")  //
+      ("alphabet",
+       po::value<std::string>()
+           ->default_value(o.alphabet.empty() ? "dna" : o.alphabet)
+           ->notifier([&o](const std::string& given) { o.alphabet = given == "dna" ? "" : given; })
+           ->value_name("LETTERS"),
+       "of CSV/TSV: dna, or letters such as ABCDEFGH, the first is token 0")              //
+      ("mask-share", option(o.mask_share, "SHARE"), "mlm: of the bases or letters")       //
       ("table", option(o.table, "FILE"), "name<TAB>label of the records of FASTA files")  //
       ("labels", option(o.labels, "FILE"), "audio: file<TAB>label of the recordings")     //
       ("label-pattern", option(o.label_pattern, "REGEX"),

@@ -14,6 +14,7 @@
 namespace coil::dna {
 
 constexpr uint8_t kNone = 0, kA = 1, kC = 2, kG = 3, kT = 4, kN = 5;
+constexpr uint8_t kMask = 6;  // in place of a base that is to be told
 constexpr int64_t kVocab = 16;
 constexpr uint8_t kInvalid = 255;
 

@@ -18,17 +18,21 @@ class Reader {
         source_(paths, {.labelling = options.labelled ? Labelling::all : Labelling::none,
                         .sequence_column = options.sequence_column,
                         .label_column = options.label_column,
+                        .target_column = options.target_column,
+                        .alphabet = options.alphabet,
                         .table = options.table,
                         .known = options.labels}) {}
 
   Examples read() {
-    std::vector<uint8_t> codes;
+    std::vector<uint8_t> codes, targets;
     for (Segment segment; source_.next(segment);) {
       if (segment.first) all_.names.push_back(segment.name);
       codes.insert(codes.end(), segment.codes.begin(), segment.codes.end());
+      targets.insert(targets.end(), segment.targets.begin(), segment.targets.end());
       if (!segment.last) continue;
       codes.shrink_to_fit();
       all_.codes.push_back(std::exchange(codes, {}));
+      if (!options_.target_column.empty()) all_.targets.push_back(std::exchange(targets, {}));
       label_of_.push_back(segment.label);
     }
     check(!all_.codes.empty(), "no records in the data given");
@@ -90,17 +94,19 @@ uint64_t mix(uint64_t seed, uint64_t item) {
 
 // Gives every held-out item and every stretch of training items between them a record of its own.
 void cut_records(Examples& all, const std::vector<bool>& held) {
-  std::vector<std::vector<uint8_t>> codes;
+  std::vector<std::vector<uint8_t>> codes, targets;
   std::vector<std::string> names;
   for (size_t i = 0; i < all.items.size();) {
     const int64_t record = all.items[i].record;
     size_t end = i + 1;
     bool cut = held[i];
     for (; end < all.items.size() && all.items[end].record == record; ++end) cut |= held[end];
-    std::vector<uint8_t> whole = std::move(all.codes[record]);
+    std::vector<uint8_t> whole = std::move(all.codes[record]), whole_targets;
+    if (!all.targets.empty()) whole_targets = std::move(all.targets[record]);
     if (!cut || end == i + 1) {
       for (size_t k = i; k < end; ++k) all.items[k].record = static_cast<int64_t>(codes.size());
       codes.push_back(std::move(whole));
+      targets.push_back(std::move(whole_targets));
       names.push_back(all.names[record]);
       i = end;
       continue;
@@ -115,10 +121,14 @@ void cut_records(Examples& all, const std::vector<bool>& held) {
         all.items[i].begin -= begin;
       }
       codes.emplace_back(whole.begin() + begin, whole.begin() + past);
+      targets.emplace_back();
+      if (!whole_targets.empty())
+        targets.back().assign(whole_targets.begin() + begin, whole_targets.begin() + past);
       names.push_back(all.names[record]);
     }
   }
   all.codes = std::move(codes);
+  if (!all.targets.empty()) all.targets = std::move(targets);
   all.names = std::move(names);
 }
 

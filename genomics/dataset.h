@@ -17,6 +17,7 @@ struct DatasetOptions {
   // Of a model or of the training set: a label outside is an error. Empty: those found.
   std::vector<std::string> labels = {};
   bool labelled = true;  // false: language modelling, any DNA file but CRAM
+  std::string target_column = {}, alphabet = {};  // of tables: see LabelledOptions
 };
 
 // `paths`: CSV/TSV files with a header line; a folder that holds one folder per class of

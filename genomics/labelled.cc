@@ -1,6 +1,7 @@
 #include "genomics/labelled.h"
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <utility>
 
@@ -36,6 +37,15 @@ std::vector<std::string> sorted_entries(const std::string& folder, bool folders)
   check(!error, "{}: cannot list: {}", folder, error.message());
   std::sort(entries.begin(), entries.end());
   return entries;
+}
+
+// Codes of letters, kUncounted for what is none.
+std::array<uint8_t, 256> code_table(const std::string& letters) {
+  std::array<uint8_t, 256> codes;
+  codes.fill(kUncounted);
+  for (size_t i = 0; i < letters.size(); ++i)
+    codes[static_cast<uint8_t>(letters[i])] = static_cast<uint8_t>(i);
+  return codes;
 }
 
 bool is_alignment(FileKind kind) {
@@ -92,6 +102,7 @@ void LabelledSource::list(const std::string& path) {
   if (path != "-" && fs::is_directory(path)) return list_folder(path);
   const bool labelled = options_.labelling == Labelling::all;
   File file{.path = path, .kind = path == "-" ? FileKind::fasta : sniff(path)};
+  if (file.kind != FileKind::unknown) check_is_dna(path);
   if (is_alignment(file.kind)) {
     if (labelled || (file.kind == FileKind::cram && !options_.cram))
       throw Error(fmt::format("{}: {}; FASTA, FASTQ, CSV or TSV was expected", path,
@@ -104,6 +115,14 @@ void LabelledSource::list(const std::string& path) {
                   "give a table of names and labels, or a folder that holds one folder per class");
   }
   files_.push_back(std::move(file));
+}
+
+// Letters of an alphabet and targets stand in tables.
+void LabelledSource::check_is_dna(const std::string& path) const {
+  check(options_.alphabet.empty(), "{}: is no table, and an alphabet of letters is of CSV or TSV",
+        path);
+  check(options_.target_column.empty(), "{}: is no table, and targets stand in a column of one",
+        path);
 }
 
 void LabelledSource::list_folder(const std::string& folder) {
@@ -127,6 +146,7 @@ void LabelledSource::list_folder(const std::string& folder) {
       const FileKind kind = sniff(path);
       check(kind == FileKind::fasta || kind == FileKind::fastq,
             "{}: neither FASTA nor FASTQ, which a class's folder should hold", path);
+      check_is_dna(path);
       files_.push_back({.path = path, .kind = kind, .label = label});
     }
   }
@@ -143,6 +163,7 @@ void LabelledSource::open() {
                 : options_.labelling == Labelling::found ? table_->find(options_.label_column)
                                                          : none;
     group_at_ = options_.group_column.empty() ? none : table_->column(options_.group_column);
+    target_at_ = options_.target_column.empty() ? none : table_->column(options_.target_column);
     name_at_ = std::min(table_->find("name"), table_->find("id"));
     rows_ = 0;
   } else if (is_alignment(file.kind)) {
@@ -193,11 +214,18 @@ bool LabelledSource::next_row(Segment& segment) {
     check(row_.size() == table_->header().size(), "{} has {} columns where the header has {}",
           where, row_.size(), table_->header().size());
     const std::string& text = row_[sequence_at_];
-    const size_t read = dna::encode(text, dna::Gaps::skip, codes_);
-    if (read < text.size())
-      fail("{} has {} at base {}, {}", where, dna::describe(text[read]), codes_.size() + 1,
-           dna::why_not_dna(text[read]));
+    const bool targets = target_at_ < row_.size();
+    if (options_.alphabet.empty()) {
+      // Beside targets a gap has a place of its own.
+      const size_t read = dna::encode(text, targets ? dna::Gaps::as_n : dna::Gaps::skip, codes_);
+      if (read < text.size())
+        fail("{} has {} at base {}, {}", where, dna::describe(text[read]), codes_.size() + 1,
+             dna::why_not_dna(text[read]));
+    } else {
+      read_letters(text, where);
+    }
     check(!codes_.empty(), "{}: the sequence is empty", where);
+    if (targets) read_targets(row_[target_at_], where);
     label_ = label_at_ < row_.size() ? known_label(row_[label_at_], where) : -1;
     group_ = group_at_ < row_.size() ? row_[group_at_] : "";
     name_ = name_at_ < row_.size() ? row_[name_at_] : std::to_string(rows_);
@@ -214,9 +242,47 @@ bool LabelledSource::next_row(Segment& segment) {
              .name = position_ == 0 ? name_ : "",
              .label = label_,
              .codes = {codes_.begin() + position_, codes_.begin() + position_ + count}};
+  if (!targets_.empty())
+    segment.targets = {targets_.begin() + position_, targets_.begin() + position_ + count};
   position_ += count;
-  if (segment.last) codes_.clear();
+  if (segment.last) {
+    codes_.clear();
+    targets_.clear();
+  }
   return true;
+}
+
+void LabelledSource::read_letters(const std::string& text, const std::string& where) {
+  const std::array<uint8_t, 256> code_of = code_table(options_.alphabet);
+  codes_.reserve(text.size());
+  for (const char letter : text) {
+    const uint8_t code = code_of[static_cast<uint8_t>(letter)];
+    check(code != kUncounted, "{} has {} at place {}, which is no letter of the alphabet '{}'",
+          where, dna::describe(letter), codes_.size() + 1, options_.alphabet);
+    codes_.push_back(code);
+  }
+}
+
+// Of DNA an N is not counted either: nothing is to be told there.
+void LabelledSource::read_targets(const std::string& text, const std::string& where) {
+  check(text.size() == codes_.size(), "{}: column '{}' has {} letters, the sequence {}", where,
+        options_.target_column, text.size(), codes_.size());
+  const bool dna = options_.alphabet.empty();
+  const std::array<uint8_t, 256> code_of = code_table(options_.alphabet);
+  targets_.reserve(text.size());
+  for (const char letter : text) {
+    uint8_t code = kUncounted;
+    if (letter != '.') {
+      code = dna ? dna::code_of(letter) : code_of[static_cast<uint8_t>(letter)];
+      check(code != kUncounted,
+            "{}: column '{}' has {} at place {}, which is neither '.' nor a letter of the alphabet "
+            "'{}'",
+            where, options_.target_column, dna::describe(letter), targets_.size() + 1,
+            dna ? "ACGT" : options_.alphabet);
+      if (dna && code == dna::kN) code = kUncounted;
+    }
+    targets_.push_back(code);
+  }
 }
 
 double LabelledSource::fraction() const {  // files count alike

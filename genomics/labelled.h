@@ -21,6 +21,9 @@ struct LabelledOptions {
   Labelling labelling = Labelling::all;
   std::string sequence_column = "sequence", label_column = "label";  // CSV / TSV
   std::string group_column = {};                                     // likewise: "" for none
+  // Likewise: what is to be put out at each place of the sequence, '.' where nothing is.
+  std::string target_column = {};
+  std::string alphabet = {};            // CSV / TSV alone: letters, the i-th is code i; "": DNA
   std::string table = {};               // name<TAB>label of FASTA records (header line optional)
   std::vector<std::string> known = {};  // a label outside is an error; empty: those found
   bool cram = false;                    // whether CRAM is read, with the reference of:
@@ -50,8 +53,11 @@ class LabelledSource final : public Source {
   };
   void list(const std::string& path);
   void list_folder(const std::string& folder);
+  void check_is_dna(const std::string& path) const;
   void open();
   bool next_row(Segment& segment);
+  void read_letters(const std::string& text, const std::string& where);
+  void read_targets(const std::string& text, const std::string& where);
   int32_t index_of(const std::string& label);
   int32_t known_label(const std::string& label, const std::string& where);
   void read_label_table();
@@ -61,10 +67,11 @@ class LabelledSource final : public Source {
   size_t file_ = 0;  // the one that is read
   std::unique_ptr<Source> source_;
   std::unique_ptr<Table> table_;
-  size_t sequence_at_ = 0, label_at_ = 0, group_at_ = 0, name_at_ = 0;  // columns of table_
+  // Columns of table_.
+  size_t sequence_at_ = 0, label_at_ = 0, group_at_ = 0, name_at_ = 0, target_at_ = 0;
   int64_t rows_ = 0;
   std::vector<std::string> row_;
-  std::vector<uint8_t> codes_;  // of a row, from position_ on not yet handed over
+  std::vector<uint8_t> codes_, targets_;  // of a row, from position_ on not yet handed over
   int64_t position_ = 0;
   int64_t record_ = -1, before_ = 0;  // before_: records of the files before this one
   int32_t label_ = -1;

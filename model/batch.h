@@ -19,13 +19,16 @@ struct Segment {
       0;  // of codes[0] in the record as named (a region chr1:1,001-… starts at 0 here)
   int64_t offset =
       0;  // added to positions in output: where the region begins in its sequence, from 0
-  bool first = false;          // the record begins here: name is set
-  bool last = false;           // the record ends here
-  std::string name;            // set where `first`
-  int32_t label = -1;          // likewise: its class, where the reader knows it
-  int8_t split = -1;           // likewise, of a dataset: training, validation, …
-  std::vector<uint8_t> codes;  // token ids; at least 1
+  bool first = false;            // the record begins here: name is set
+  bool last = false;             // the record ends here
+  std::string name;              // set where `first`
+  int32_t label = -1;            // likewise: its class, where the reader knows it
+  int8_t split = -1;             // likewise, of a dataset: training, validation, …
+  std::vector<uint8_t> codes;    // token ids; at least 1
+  std::vector<uint8_t> targets;  // as many, of a table's column of targets; or none
 };
+
+constexpr uint8_t kUncounted = 255;  // a target that does not count
 
 // One of the program's two virtual classes: a stream of records. Throws coil::Error on bad input.
 class Source {
@@ -50,8 +53,9 @@ struct Example {
 };
 struct Examples {
   std::vector<std::vector<uint8_t>> codes;
-  std::vector<std::string> names;   // of the records
-  std::vector<std::string> labels;  // class names, sorted; empty for language modelling
+  std::vector<std::vector<uint8_t>> targets;  // where the data has them: as long, place by place
+  std::vector<std::string> names;             // of the records
+  std::vector<std::string> labels;            // class names, sorted; empty for language modelling
   std::vector<Example> items;
 };
 

@@ -244,23 +244,42 @@ void parse_s4d(const Json& value, const std::string& where, Config& config) {
   config.s4d_init = parse_s4d_init(json.one_of_or("init", "lin", {"lin", "inv", "legs"}));
 }
 
+void parse_alphabet(const Reader& json, const std::string& where, Config& config) {
+  const Json* alphabet = json.find("alphabet");
+  if (!alphabet) return;
+  if (!alphabet->is_string()) json.refuse("alphabet", "\"dna\" or letters", *alphabet);
+  config.alphabet = alphabet->get<std::string>();
+  if (!config.letters()) return;
+  const std::string fault = alphabet_fault(config.alphabet);
+  check(fault.empty(), "{}: coil.alphabet: {}", where, fault);
+  check(config.vocab >= std::ssize(config.alphabet),
+        "{}: vocab_size: expected at least {} for its letters, found {}", where,
+        config.alphabet.size(), config.vocab);
+}
+
 void parse_coil(const Json& value, const std::string& where, Config& config) {
-  constexpr std::string_view known[] = {"objective", "pooling",           "alphabet", "audio",
-                                        "condition", "condition_dropout", "unknown",  "mixers",
-                                        "s4d",       "topology",          "unet",     "mlp",
-                                        "kmer",      "bidirectional",     "strands"};
+  constexpr std::string_view known[] = {
+      "objective",  "pooling",       "alphabet", "audio",         "condition", "condition_dropout",
+      "unknown",    "mixers",        "s4d",      "topology",      "unet",      "mlp",
+      "mask_share", "target_column", "kmer",     "bidirectional", "strands"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
     check(std::ranges::count(known, item.key()) > 0,
           "{}: coil.{}: expected one of {}; the model needs a newer Coil", where,
           describe(Json(item.key())), fmt::join(known, ", "));
   const Reader json(value, where, "coil.");
-  config.objective = json.one_of_or("objective", "lm", {"lm", "classify"}) == "classify"
-                         ? Objective::classify
-                         : Objective::lm;
+  const std::string objective = json.one_of_or("objective", "lm", {"lm", "classify", "mlm"});
+  config.objective = objective == "classify" ? Objective::classify
+                     : objective == "mlm"    ? Objective::mlm
+                                             : Objective::lm;
   config.pooling =
       json.one_of_or("pooling", "mean", {"mean", "last"}) == "last" ? Pooling::last : Pooling::mean;
-  config.alphabet = json.one_of_or("alphabet", "", {"dna", ""});
+  parse_alphabet(json, where, config);
+  if (const Json* column = json.find("target_column")) {
+    if (!column->is_string()) json.refuse("target_column", "a name", *column);
+    config.target_column = column->get<std::string>();
+  }
+  config.mask_share = json.share_or("mask_share", 0.15);
   if (const Json* audio = json.find("audio")) parse_audio(*audio, where, config);
   config.condition = json.flag_or("condition", false);
   if (config.condition && (config.objective != Objective::lm || config.audio.rate == 0))
@@ -331,6 +350,26 @@ std::vector<std::string> parse_labels(const std::string& text, const std::string
 }
 
 }  // namespace
+
+const char* name_of(Objective objective) {
+  constexpr const char* kNames[] = {"lm", "classify", "mlm"};  // by Objective
+  return kNames[static_cast<int>(objective)];
+}
+
+std::string alphabet_fault(const std::string& letters) {
+  constexpr std::string_view kReserved = ".,\"'";  // not counted; what separates and quotes
+  if (letters.size() < 2) return fmt::format("expected two letters or more, found '{}'", letters);
+  for (size_t i = 0; i < letters.size(); ++i) {
+    const char letter = letters[i];
+    if (letter <= ' ' || letter > '~')
+      return fmt::format("letter {} is the byte 0x{:02x}, expected a printable ASCII letter", i + 1,
+                         static_cast<unsigned char>(letter));
+    if (kReserved.find(letter) != kReserved.npos)
+      return fmt::format("'{}' is no letter that a table can hold", letter);
+    if (letters.find(letter) != i) return fmt::format("letter '{}' stands twice", letter);
+  }
+  return {};
+}
 
 const char* name_of(S4dInit init) { return kS4dInits[static_cast<int>(init)]; }
 
@@ -462,8 +501,15 @@ std::string to_json(const Config& config) {
   if (config.bidirectional) coil["bidirectional"] = true;
   if (config.kmer > 1) coil["kmer"] = config.kmer;
   if (config.equivariant) coil["strands"] = "equivariant";
-  coil["objective"] = lm ? "lm" : "classify";
-  if (!lm) coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";
+  coil["objective"] = name_of(config.objective);
+  if (config.objective == Objective::classify)
+    coil["pooling"] = config.pooling == Pooling::last ? "last" : "mean";
+  if (config.objective == Objective::mlm) {
+    if (config.target_column.empty())
+      coil["mask_share"] = config.mask_share;
+    else
+      coil["target_column"] = config.target_column;
+  }
   if (!config.alphabet.empty()) coil["alphabet"] = config.alphabet;
   if (config.audio.rate > 0) {
     coil["audio"]["rate"] = config.audio.rate;

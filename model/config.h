@@ -35,7 +35,10 @@ S4dInit parse_s4d_init(const std::string& name);
 constexpr int64_t kMaxPool = 1 << 16, kMaxStageWidth = 1 << 15;
 constexpr size_t kMaxInner = 8;
 
-enum class Objective : uint8_t { lm, classify };
+// lm: the logits of a step are of the token after it; mlm: of the token in its place, which was
+// masked, or which a table's column of targets names.
+enum class Objective : uint8_t { lm, classify, mlm };
+const char* name_of(Objective objective);
 
 struct Config {
   std::string model_type = "mamba";
@@ -86,7 +89,13 @@ struct Config {
   S4dInit s4d_init = S4dInit::lin;  // s4d.init: initialisation only, as time_step_min and _max
   Pooling pooling = Pooling::mean;  // classify
   std::vector<std::string> labels;  // classify, condition; kept in labels.txt, a line per class
-  std::string alphabet;             // "dna", or "" (audio; a model from elsewhere)
+  // "dna", or "" (audio; a model from elsewhere), or letters: the i-th is token i. Of DNA: see
+  // genomics/alphabet.h.
+  std::string alphabet;
+  bool letters() const { return !alphabet.empty() && alphabet != "dna"; }
+  // mlm: share of tokens masked, or the column of a table that says what is to be put out.
+  double mask_share = 0.15;
+  std::string target_column;
   // kmer: of DNA, how many bases, the last of them the place's own, the embedding of a place is of:
   // overlapping k-mers (DNABERT: Ji et al. 2021). Rows of the embedding: the 16 of the alphabet,
   // for places that fewer bases or an N come before, then the k-mers, A C G T as digits. What is
@@ -104,7 +113,7 @@ struct Config {
   Audio audio;
   bool condition = false;        // lm of audio
   double condition_dropout = 0;  // likewise: share of its training that was without label
-  // Of a language model, how many of the vocabulary, from 0 on, its logits are over.
+  // Of a language model, masked or not, how many of the vocabulary, from 0 on, its logits are over.
   int64_t predicted() const {
     return kmer > 1                            ? kLetters
            : audio.rate == 0                   ? vocab
@@ -134,6 +143,9 @@ void add_stages(Config& config, const std::string& pool, const std::string& widt
 // Of a network made here: a sixteenth of the width, up to whole words of memory. (Hugging Face's
 // "auto" is the sixteenth itself.)
 inline int64_t dt_rank_of(int64_t d) { return (d + 127) / 128 * 8; }
+
+// What is wrong with letters as an alphabet: "letter 'A' twice"; empty: nothing.
+std::string alphabet_fault(const std::string& letters);
 
 // Throws where bidirectional or equivariant does not go with the rest of a network.
 void check_directions(const Config& config, const std::string& where);

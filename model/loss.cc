@@ -37,7 +37,7 @@ struct Common {  // what the parts of a batch share
   float scale;  // of the gradient of the sum
   bool truncate;
 
-  bool lm() const { return model.config.objective == Objective::lm; }
+  bool lm() const { return model.config.objective != Objective::classify; }  // or mlm
   bool pairs() const { return !lm() && model.config.equivariant; }
 };
 

@@ -21,13 +21,13 @@ struct Cut {
   bool truncate = false;  // gradients end where a chunk begins; the state is carried all the same
 };
 
-// One training batch of whole sequences. targets i32: per row (lm, the next id, -1 not counted) or
-// per sequence (classify; of an equivariant model per pair, a sequence and behind it its reverse
-// complement), in host memory, as class_weights. Adds the sum of losses, in nats, to
-// total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss (sum / weight)
-// to grad; grad null: loss only. logits, if given, receives the (m, classes or t, predicted)
-// logits of a batch that is not cut. Returns the weight: counted targets (sum of class weights).
-// Waits for nothing.
+// One training batch of whole sequences. targets i32: per row (lm: the next id, mlm: that of the
+// place, -1 not counted) or per sequence (classify; of an equivariant model per pair, a sequence
+// and behind it its reverse complement), in host memory, as class_weights. Adds the sum of losses,
+// in nats, to total(1) f64 in the backend's memory, and gradients of `scale` times the mean loss
+// (sum / weight) to grad; grad null: loss only. logits, if given, receives the (m, classes or t,
+// predicted) logits of a batch that is not cut. Returns the weight: counted targets (sum of class
+// weights). Waits for nothing.
 double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows, View targets,
                 View class_weights, View total, Model* grad, Tensor* logits = nullptr,
                 double scale = 1, const Cut& cut = {});

@@ -16,7 +16,7 @@ namespace {
 void infer(Backend& backend, const Model& model, const Rows& rows, State& state) {
   const Tensor ids(backend, DType::i32, {rows.total()});
   const Tensor h = hidden(backend, model, ids, rows, &state);
-  if (model.config.objective == Objective::lm)
+  if (model.config.objective != Objective::classify)
     lm_logits(backend, model, h);
   else
     class_logits(backend, model, h, rows, &state);
@@ -30,7 +30,7 @@ void train(Backend& backend, const Model& model, const Rows& rows, Model& grad, 
     view.stride[0] = 0;
     return view;
   };
-  const bool lm = model.config.objective == Objective::lm;
+  const bool lm = model.config.objective != Objective::classify;
   const Tensor total(backend, DType::f64, {1});
   add_loss(backend, model, repeated(rows.total()), rows,
            repeated(lm ? rows.total() : rows.finished()), {}, total, &grad, nullptr, 1,

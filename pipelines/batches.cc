@@ -18,7 +18,8 @@ namespace {
 
 // Streams of random numbers; the network's initialisation uses others.
 constexpr uint32_t kOrderStream = 101, kDrawStream = 102, kAugmentStream = 103,
-                   kHoldOutStream = 104, kCutStream = 105, kHoldOutNameStream = 106;
+                   kHoldOutStream = 104, kCutStream = 105, kHoldOutNameStream = 106,
+                   kMaskStream = 107;
 // A record is held out in part if a tenth of it still gives several windows, else as a whole.
 constexpr int64_t kStretchWindows = 20;
 constexpr int kTries = 16;  // draws before a window that is mostly N is taken all the same
@@ -178,6 +179,14 @@ void Batch::add_strand(std::span<const uint8_t> codes, const FrontEnd& front) {
   pieces.push_back({.begin = begin, .length = static_cast<int64_t>(ids.size()) - begin});
 }
 
+void Batch::add(std::span<const uint8_t> codes, std::span<const uint8_t> places,
+                const FrontEnd& front) {
+  const auto begin = static_cast<int64_t>(ids.size());
+  front.append(codes, places, ids, targets);
+  pieces.push_back({.begin = begin, .length = std::ssize(codes)});
+  this->codes += std::ssize(codes);
+}
+
 Batches::Batches(const Examples& all, std::vector<Example> train, const BatchOptions& options)
     : all_(all), train_(std::move(train)), options_(options) {
   for (const Example& item : train_) tokens_ += item.length;
@@ -226,7 +235,7 @@ int64_t Batches::longest(int64_t step) const {
 }
 
 void Batches::draw_records(int64_t step, Batch& batch) {
-  Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
+  Draws draws = this->draws(step);
   while (true) {
     if (next == static_cast<int64_t>(train_.size())) {
       next = 0;
@@ -241,7 +250,7 @@ void Batches::draw_records(int64_t step, Batch& batch) {
     }
     const Example& item = train_[order_[next]];
     if (batch.codes + item.length > options_.batch_tokens) return;
-    add(batch, item, augment);
+    add(batch, item, draws);
     ++next;
   }
 }
@@ -249,7 +258,7 @@ void Batches::draw_records(int64_t step, Batch& batch) {
 void Batches::draw_windows(int64_t step, Batch& batch) const {
   const int64_t unit = options_.front.step();  // codes of a base or sample: windows hold whole ones
   Philox random(options_.seed, kDrawStream, static_cast<uint64_t>(step));
-  Philox augment(options_.seed, kAugmentStream, static_cast<uint64_t>(step));
+  Draws draws = this->draws(step);
   const int64_t longest = this->longest(step), shortest = std::min(options_.min_length, longest);
   while (true) {
     const Pool& pool = pools_[random.below(pools_.size())];
@@ -264,7 +273,7 @@ void Batches::draw_windows(int64_t step, Batch& batch) const {
       const auto places = static_cast<uint64_t>((stretch.length - length) / unit + 1);
       window = {stretch.record, stretch.begin + unit * static_cast<int64_t>(random.below(places)),
                 length, stretch.label};
-      if (options_.front.audio()) break;
+      if (!options_.front.dna()) break;
       const auto from = all_.codes[window.record].begin() + window.begin;
       if (2 * std::count(from, from + length, dna::kN) <= length) break;
     }
@@ -273,12 +282,19 @@ void Batches::draw_windows(int64_t step, Batch& batch) const {
       if (left < unit * shortest) return;
       window.length = left;
     }
-    add(batch, window, augment);
+    add(batch, window, draws);
     if (batch.codes + unit > options_.batch_tokens) return;
   }
 }
 
-void Batches::add(Batch& batch, const Example& item, Philox& random) const {
+Batches::Draws Batches::draws(int64_t step) const {
+  const auto at = static_cast<uint64_t>(step);
+  return {.augment = Philox(options_.seed, kAugmentStream, at),
+          .mask = Philox(options_.seed, kMaskStream, at)};
+}
+
+void Batches::add(Batch& batch, const Example& item, Draws& draws) const {
+  Philox& random = draws.augment;
   const int64_t context = options_.front.context(item);
   const auto from = all_.codes[item.record].begin() + item.begin;
   std::vector<uint8_t> codes(from - context, from + item.length);
@@ -289,6 +305,17 @@ void Batches::add(Batch& batch, const Example& item, Philox& random) const {
       code = static_cast<uint8_t>(dna::kA +
                                   (code - dna::kA + 1 + random.below(3)) % 4);  // another base
     }
+  }
+  if (options_.objective == Objective::mlm) {
+    std::vector<uint8_t> targets;
+    if (options_.masking.share > 0) {
+      targets = mask(options_.masking, codes, draws.mask);
+    } else {
+      const auto first = all_.targets[item.record].begin() + item.begin;
+      targets.assign(first, first + item.length);
+    }
+    batch.add(codes, targets, options_.front);
+    return;
   }
   int32_t label = item.label;
   if (options_.condition_dropout > 0 && random.uniform() < options_.condition_dropout)

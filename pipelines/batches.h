@@ -13,6 +13,7 @@
 #include "model/batch.h"
 #include "model/config.h"
 #include "pipelines/front_end.h"
+#include "pipelines/masks.h"
 
 namespace coil {
 
@@ -37,9 +38,10 @@ std::vector<Example> cut_windows(std::span<const Example> stretches, int64_t min
 std::vector<Example> thin(std::vector<Example> items, int64_t tokens);
 
 struct Batch {
-  std::vector<int32_t> ids;      // (t)
-  std::vector<int32_t> targets;  // lm: (t), the next id, -1 not counted; classify: (m)
-  int64_t codes = 0;             // of the sequences; ids has what a front end adds to them too
+  std::vector<int32_t> ids;  // (t)
+  // (t): lm the next id, mlm that of the place, -1 not counted; classify: (m).
+  std::vector<int32_t> targets;
+  int64_t codes = 0;  // of the sequences; ids has what a front end adds to them too
   std::vector<Piece> pieces;
   int64_t epoch = 0, next = 0;  // the cursor after it
   // The first `context` codes are of a window's past: see FrontEnd::append.
@@ -47,6 +49,8 @@ struct Batch {
            const FrontEnd& front = FrontEnd(), int64_t context = 0);
   // Another sequence, which shares the label of the one before it.
   void add_strand(std::span<const uint8_t> codes, const FrontEnd& front);
+  // mlm: targets of the places, kUncounted or a code.
+  void add(std::span<const uint8_t> codes, std::span<const uint8_t> places, const FrontEnd& front);
 };
 
 struct BatchOptions {
@@ -59,6 +63,7 @@ struct BatchOptions {
   bool pairs = false;  // every sequence, and behind it its reverse complement
   double mutate = 0;
   double condition_dropout = 0;  // share of examples without their label
+  Masking masking = {};          // mlm; share 0: targets are those of the data
   uint64_t seed = 1;
   FrontEnd front = {};
 };
@@ -75,7 +80,11 @@ class Batches {
  private:
   void draw_records(int64_t step, Batch& batch);
   void draw_windows(int64_t step, Batch& batch) const;
-  void add(Batch& batch, const Example& item, class Philox& random) const;
+  struct Draws {  // of a batch: augmentation; masks, which change nothing in the former
+    Philox augment, mask;
+  };
+  Draws draws(int64_t step) const;
+  void add(Batch& batch, const Example& item, Draws& draws) const;
 
   struct Pool {  // a class's stretches
     std::vector<Example> stretches;

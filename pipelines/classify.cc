@@ -108,8 +108,12 @@ double unknown_threshold(const Config& config, int64_t length) {
 
 void check_classifier(const Config& config, const std::string& where) {
   if (config.objective != Objective::classify) {
-    throw Error(fmt::format("{}: is a language model, expected a classifier", where),
-                "coil score reads a language model; coil train --from makes a classifier of it");
+    const bool masked = config.objective == Objective::mlm;
+    throw Error(fmt::format("{}: is a {}language model, expected a classifier", where,
+                            masked ? "masked " : ""),
+                masked ? "coil train --from makes a classifier of it"
+                       : "coil score reads a language model; coil train --from makes a classifier "
+                         "of it");
   }
   check_front_end(config, where);
 }

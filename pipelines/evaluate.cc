@@ -15,6 +15,7 @@
 #include "kernels/error.h"
 #include "pipelines/fit.h"
 #include "pipelines/front_end.h"
+#include "pipelines/masks.h"
 
 namespace coil {
 namespace {
@@ -58,15 +59,18 @@ class Evaluator {
         items_(items),
         options_(options),
         front_(model.config),
-        lm_(model.config.objective == Objective::lm),
+        lm_(model.config.objective != Objective::classify),
+        mlm_(model.config.objective == Objective::mlm),
+        masking_(masking_of(model.config)),
         classes_(static_cast<int64_t>(model.config.labels.size())) {
     if (options_.batch_tokens == 0) {
       may_halve_ = true;
       options_.batch_tokens =
           fitting_batch(backend, model.config, model.embedding.view().dtype, options_.note);
     }
-    if (front_.audio()) options_.both_strands = false;
-    if (model.config.equivariant) options_.both_strands = true;
+    if (!front_.dna() || !all.targets.empty()) options_.both_strands = false;
+    if (model.config.equivariant && model.config.objective == Objective::classify)
+      options_.both_strands = true;
     if (model.config.bidirectional)
       whole_ = longest_whole(backend, model.config, model.embedding.view().dtype);
   }
@@ -84,6 +88,9 @@ class Evaluator {
           counted_ ? nats_ / (static_cast<double>(counted_) / static_cast<double>(front_.step()))
                    : kNan;
       result_.bits_per_base = result_.metrics.loss / std::numbers::ln2;
+      if (mlm_)
+        result_.metrics.accuracy =
+            counted_ ? static_cast<double>(right_) / static_cast<double>(counted_) : kNan;
       return std::move(result_);
     }
     if (model_.config.equivariant)
@@ -100,8 +107,27 @@ class Evaluator {
     const int64_t context = front_.context(item);
     const auto from = all_.codes[item.record].begin() + item.begin;
     std::vector<uint8_t> codes(from - context, from + item.length);
+    if (mlm_) return read_places(strand, codes, ids, targets);
     if (strand.reverse) dna::reverse_complement(codes);
     front_.append(codes, context, item.label, ids, targets);
+  }
+
+  // Both strands are asked for the same places.
+  void read_places(Strand strand, std::vector<uint8_t>& codes, std::vector<int32_t>& ids,
+                   std::vector<int32_t>& targets) const {
+    const Example& item = items_[strand.item];
+    std::vector<uint8_t> places;
+    if (masking_.share > 0) {
+      places = mask_evenly(masking_, codes, options_.seed, item.record, item.begin);
+    } else {
+      const auto from = all_.targets[item.record].begin() + item.begin;
+      places.assign(from, from + item.length);
+    }
+    if (strand.reverse) {
+      dna::reverse_complement(codes);
+      dna::reverse_complement(places);
+    }
+    front_.append(codes, places, ids, targets);
   }
 
   void add(Strand strand) {
@@ -202,8 +228,12 @@ class Evaluator {
   }
 
   void add_likelihood(View h, const std::vector<int32_t>& targets) {
-    for (const float nats : front_.losses(backend_, model_, h, targets)) nats_ += nats;
-    counted_ += std::count_if(targets.begin(), targets.end(), [](int32_t t) { return t >= 0; });
+    const int64_t counted =
+        std::count_if(targets.begin(), targets.end(), [](int32_t t) { return t >= 0; });
+    if (counted == 0) return;  // as of most pieces of a long item with a few targets
+    for (const float nats : front_.losses(backend_, model_, h, targets, mlm_ ? &right_ : nullptr))
+      nats_ += nats;
+    counted_ += counted;
   }
 
   void add_probabilities(View logits, int64_t row_index, int64_t item) {
@@ -228,12 +258,14 @@ class Evaluator {
   std::span<const Example> items_;
   EvaluateOptions options_;
   FrontEnd front_;
-  bool lm_, may_halve_ = false;
+  bool lm_, mlm_;  // lm_: of either kind
+  Masking masking_;
+  bool may_halve_ = false;
   int64_t classes_;
   int64_t whole_ = 0;  // longest item of a bidirectional model
   Evaluation result_;
   double nats_ = 0;
-  int64_t counted_ = 0;
+  int64_t counted_ = 0, right_ = 0;
   std::vector<int32_t> ids_, targets_;  // (t)
   std::vector<Piece> pieces_;
   std::vector<Strand> batch_;

@@ -27,14 +27,15 @@ Metrics measure(std::span<const int32_t> truth, std::span<const double> probabil
 
 struct EvaluateOptions {
   int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
-  bool both_strands = true;  // DNA only. classify: probabilities averaged; lm: log-likelihoods
+  bool both_strands = true;  // DNA only. classify: probabilities averaged; else log-likelihoods
   // Told where memory makes batches smaller than they would be.
   const Note* note = nullptr;
+  uint64_t seed = 1;  // mlm: of the masks, which it, record and place alone set
 };
 struct Evaluation {
-  Metrics metrics;                    // classify; of an lm: count (bases, samples) and loss only
+  Metrics metrics;  // classify; lm: count (bases, samples) and loss only, mlm: accuracy too
   std::vector<double> probabilities;  // classify: items x classes
-  double bits_per_base = 0;           // lm; or per sample. What counts: pipelines/front_end.h
+  double bits_per_base = 0;           // lm, mlm; or per sample. What counts: pipelines/front_end.h
 };
 Evaluation evaluate(Backend& backend, const Model& model, const Examples& all,
                     std::span<const Example> items, const EvaluateOptions& options);

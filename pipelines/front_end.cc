@@ -24,6 +24,12 @@ int32_t Kmers::next(int32_t token) {
 FrontEnd::FrontEnd(const Config& config) : FrontEnd() {
   lm_ = config.objective == Objective::lm;
   kmer_ = config.kmer;
+  if (config.letters()) {
+    letters_ = true;
+    counted_from_ = 0;
+    counted_to_ = static_cast<int32_t>(config.alphabet.size());
+    softmaxes_ = {{0, counted_to_}};
+  }
   if (config.audio.rate == 0) return;
   step_ = config.audio.codes == SampleCodes::pcm16 ? 2 : 1;
   prefix_ = 1;
@@ -56,8 +62,32 @@ void FrontEnd::append(std::span<const uint8_t> codes, int64_t context, int32_t l
   targets.push_back(-1);  // nothing comes after the last code
 }
 
+void FrontEnd::append(std::span<const uint8_t> codes, std::span<const uint8_t> places,
+                      std::vector<int32_t>& ids, std::vector<int32_t>& targets) const {
+  COIL_ASSERT(!audio() && codes.size() == places.size());
+  Kmers kmers = this->kmers();
+  for (size_t i = 0; i < codes.size(); ++i) {
+    ids.push_back(kmers.next(codes[i]));
+    targets.push_back(places[i] != kUncounted && counted(places[i]) ? places[i] : -1);
+  }
+}
+
+namespace {
+
+int64_t count_right(View logits, const std::vector<int32_t>& inside) {
+  int64_t right = 0;
+  for (size_t i = 0; i < inside.size(); ++i) {
+    if (inside[i] < 0) continue;
+    const float* row = logits.row<float>(static_cast<int64_t>(i));
+    right += std::max_element(row, row + logits.cols()) - row == inside[i];
+  }
+  return right;
+}
+
+}  // namespace
+
 std::vector<float> FrontEnd::losses(Backend& backend, const Model& model, View hidden,
-                                    const std::vector<int32_t>& targets) const {
+                                    const std::vector<int32_t>& targets, int64_t* right) const {
   const auto t = static_cast<int64_t>(targets.size());
   const Tensor logits = lm_logits(backend, model, hidden);  // (t, v)
   std::vector<float> all(targets.size());
@@ -73,6 +103,10 @@ std::vector<float> FrontEnd::losses(Backend& backend, const Model& model, View h
     std::vector<std::byte> kept;
     const View host = on_host(backend, loss, kept);
     for (int64_t i = 0; i < t; ++i) all[i] += host.as<float>()[i];
+    if (!right) continue;
+    const View own =
+        on_host(backend, logits.view().columns(part.begin, part.count), kept);  // (t, count)
+    *right += count_right(own, inside);
   }
   return all;
 }
@@ -85,6 +119,10 @@ int64_t audio_vocabulary(const Config& config) {
 
 void check_front_end(const Config& config, const std::string& where) {
   if (config.audio.rate > 0) return;
+  if (config.letters())
+    throw Error(
+        fmt::format("{}: reads the letters '{}', expected a model of DNA", where, config.alphabet),
+        "coil eval reads their tables");
   check(config.alphabet == "dna", "{}: reads alphabet '{}', expected 'dna'", where,
         config.alphabet);
   check(config.vocab > dna::kN, "{}: vocab_size is {}, expected at least {} for DNA", where,

@@ -5,6 +5,8 @@
 //   audio  the begin token stands before the first code, and every code counts. 16 bits: coarse and
 //          fine codes take turns; each has a softmax of its own, fine given coarse. With
 //          config.condition every step also has the recording's label.
+//   letters (config.alphabet) as DNA, over all of them.
+// Of a masked language model or a task of tokens, what counts is given place by place.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +35,8 @@ class FrontEnd {
   explicit FrontEnd(const Config& config);
 
   bool audio() const { return prefix_ > 0; }
-  const char* unit() const { return audio() ? "sample" : "base"; }
+  bool dna() const { return !audio() && !letters_; }  // there is another strand, and N
+  const char* unit() const { return audio() ? "sample" : letters_ ? "letter" : "base"; }
   int64_t step() const { return step_; }      // codes of a base or a sample
   int64_t prefix() const { return prefix_; }  // tokens before the first code
   int32_t begin() const { return begin_; }
@@ -57,20 +60,24 @@ class FrontEnd {
   // begin where its recording does.
   void append(std::span<const uint8_t> codes, int64_t context, int32_t label,
               std::vector<int32_t>& ids, std::vector<int32_t>& targets) const;
+  // The same where targets are given, kUncounted or a code, of the places themselves.
+  void append(std::span<const uint8_t> codes, std::span<const uint8_t> places,
+              std::vector<int32_t>& ids, std::vector<int32_t>& targets) const;
   // Codes before an item that a language model reads with it.
   int64_t context(const Example& item) const {
     return audio() && lm_ && item.begin > 0 ? step_ : 0;
   }
 
-  // -log p of the target of each row, in nats; 0 where it is not counted.
+  // -log p of the target of each row, in nats; 0 where it is not counted. `right`, if given, is
+  // raised by the targets that are the likeliest of their row.
   std::vector<float> losses(Backend& backend, const Model& model, View hidden,
-                            const std::vector<int32_t>& targets) const;
+                            const std::vector<int32_t>& targets, int64_t* right = nullptr) const;
 
  private:
   int64_t step_ = 1, prefix_ = 0, kmer_ = 1;
   int32_t begin_ = 0, labels_ = 0, vocab_ = 0;  // the begin token; labels of a conditional model
   int32_t counted_from_, counted_to_;
-  bool lm_ = true;
+  bool lm_ = true, letters_ = false;
   std::vector<Softmax> softmaxes_;
 };
 

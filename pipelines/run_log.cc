@@ -50,6 +50,7 @@ std::string describe(const RunPoint& point, Objective objective) {
       line += fmt::format("  acc {:.4f}  mcc {:.4f}  auroc {:.4f}", m.accuracy, m.mcc, m.auroc);
     else
       line += fmt::format("  bits/{} {:.4f}", point.unit, point.validation.bits_per_base);
+    if (objective == Objective::mlm) line += fmt::format("  acc {:.4f}", m.accuracy);
   }
   line += fmt::format("  {:.1f}k tok/s  ETA {}", point.tokens_per_second / 1000,
                       duration(point.seconds_left));
@@ -77,6 +78,7 @@ std::string to_json(const RunPoint& point, Objective objective) {
       out["auroc"] = number(m.auroc);
     } else {
       out[fmt::format("bits_per_{}", point.unit)] = number(point.validation.bits_per_base);
+      if (objective == Objective::mlm) out["accuracy"] = number(m.accuracy);
     }
   }
   return out.dump();
@@ -137,18 +139,30 @@ std::string network_text(const Config& config) {
 }
 
 std::string model_card(const TrainOptions& options, const Config& config, const CardFacts& facts) {
-  const bool lm = config.objective == Objective::lm;
+  const bool lm = config.objective != Objective::classify;
   const Metrics& m = facts.best.validation.metrics;
   std::string card = "# A Coil model\n\n";
   const bool audio = config.audio.rate > 0;
   const char* const unit = facts.best.unit;
-  if (lm) {
-    card += fmt::format("A language model of {}: predicts each {} from those before it.\n",
-                        audio ? "audio" : "DNA", unit);
-  } else {
+  const std::string what = config.letters() ? fmt::format("the letters '{}'", config.alphabet)
+                           : audio          ? "audio"
+                                            : "DNA";
+  if (config.objective == Objective::mlm) {
     card +=
-        fmt::format("Classifies {} into {} classes: {}.\n", audio ? "recordings" : "DNA sequences",
-                    config.labels.size(), fmt::join(config.labels, ", "));
+        config.target_column.empty()
+            ? fmt::format("A masked language model of {}: tells {}s that were masked, {:g} %.\n",
+                          what, unit, 100 * config.mask_share)
+            : fmt::format("Reads {} and puts out column '{}', {} by {}.\n", what,
+                          config.target_column, unit, unit);
+  } else if (lm) {
+    card +=
+        fmt::format("A language model of {}: predicts each {} from those before it.\n", what, unit);
+  } else {
+    card += fmt::format("Classifies {} into {} classes: {}.\n",
+                        audio              ? "recordings"
+                        : config.letters() ? "sequences of " + what
+                                           : "DNA sequences",
+                        config.labels.size(), fmt::join(config.labels, ", "));
   }
   if (config.condition)
     card += fmt::format("Each recording has one of {} labels: {}.\n", config.labels.size(),

@@ -17,6 +17,10 @@ double Score::bits_per_base() const {
 }
 
 void check_language_model(const Config& config, const std::string& where) {
+  if (config.objective == Objective::mlm)
+    throw Error(
+        fmt::format("{}: is a masked language model, which gives a record no likelihood", where),
+        "coil eval measures it; coil train --objective lm makes a language model");
   if (config.objective != Objective::lm) {
     throw Error(
         fmt::format("{}: is a classifier, expected a language model", where),

@@ -56,7 +56,7 @@ Config Trainer::network() const {
   if (!options_.from.empty()) {
     config = read_config(options_.from);
     const int64_t tokens = config.kmer > 1 ? config.vocab : dna::kVocab;
-    if (!options_.audio)
+    if (!options_.audio && options_.alphabet.empty())
       check(config.alphabet == "dna" && config.vocab == tokens,
             "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
             config.alphabet, config.vocab, tokens);
@@ -65,6 +65,8 @@ Config Trainer::network() const {
   }
   config.objective = options_.objective;
   config.pooling = options_.pooling;
+  config.mask_share = options_.mask_share;
+  config.target_column = options_.target_column;
   config.labels = data_.all.labels;
   config.condition = options_.condition;
   config.condition_dropout = options_.condition ? options_.condition_dropout : 0;
@@ -72,6 +74,10 @@ Config Trainer::network() const {
     config.audio = {
         .rate = options_.rate, .codes = parse_codes(options_.codes), .trim = options_.trim};
     const int64_t vocab = audio_vocabulary(config);
+    config.vocab = options_.from.empty() ? vocab : std::max(config.vocab, vocab);
+  } else if (!options_.alphabet.empty()) {
+    config.alphabet = options_.alphabet;
+    const int64_t vocab = letters_vocabulary(config);
     config.vocab = options_.from.empty() ? vocab : std::max(config.vocab, vocab);
   } else {
     config.vocab = dna::kVocab + (config.kmer > 1 ? int64_t{1} << 2 * config.kmer : 0);
@@ -82,6 +88,20 @@ Config Trainer::network() const {
   config.unknown.clear();
   check_directions(config, options_.from.empty() ? "the network" : options_.from);
   return config;
+}
+
+// Letters of its own are the model's that is begun from. Only DNA has another strand, and targets
+// are those of the one given.
+void Trainer::settle_alphabet() {
+  if (!options_.from.empty() && !options_.audio) {
+    const Config config = read_config(options_.from);
+    const std::string theirs = config.letters() ? config.alphabet : "";
+    if (options_.alphabet.empty()) options_.alphabet = theirs;
+    check(options_.alphabet == theirs, "--alphabet {}: '{}' has the alphabet '{}'",
+          options_.alphabet, options_.from, config.alphabet);
+  }
+  if (!options_.alphabet.empty() || !options_.target_column.empty())
+    options_.reverse_complement = false;
 }
 
 // Length warm-up: windows as long as its longest are what is held out. An end of its last stage is
@@ -141,11 +161,14 @@ void Trainer::resolve() {
   options_.threads = backend_.threads();
   if (options_.metric.empty()) options_.metric = lm() ? "loss" : "mcc";
   const bool known = options_.metric == "loss" ||
+                     (options_.objective == Objective::mlm && options_.metric == "accuracy") ||
                      (!lm() && (options_.metric == "mcc" || options_.metric == "accuracy" ||
                                 options_.metric == "auroc"));
   if (!known)
     throw UsageError(fmt::format("--metric {}: expected {}", options_.metric,
-                                 lm() ? "loss" : "mcc, accuracy, auroc or loss"));
+                                 !lm() ? "mcc, accuracy, auroc or loss"
+                                 : options_.objective == Objective::lm ? "loss"
+                                                                       : "accuracy or loss"));
   if (options_.steps == 0) {
     const double tokens = options_.epochs * static_cast<double>(batches_->tokens());
     const double of_a_step =
@@ -160,6 +183,7 @@ void Trainer::resolve() {
 }
 
 void Trainer::begin() {
+  settle_alphabet();
   check_ranges(options_);
   check_folder();
   settle_lengths();
@@ -177,6 +201,7 @@ void Trainer::begin() {
                                              .pairs = config.equivariant && !lm(),
                                              .mutate = options_.mutate,
                                              .condition_dropout = config.condition_dropout,
+                                             .masking = masking_of(config),
                                              .seed = options_.seed,
                                              .front = front_});
   resolve();

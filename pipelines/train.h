@@ -24,6 +24,9 @@ struct TrainOptions {
   std::string from;  // start from this model's weights
   Objective objective = Objective::classify;
   std::string sequence_column = "sequence", label_column = "label", table;
+  std::string target_column;  // mlm: of a table; nothing is masked then
+  std::string alphabet;       // letters of a table, the i-th token i; "": DNA
+  double mask_share = 0.15;   // mlm
   // Audio: rate of the model (0: that of most recordings), codes, dB below which begin and end are
   // left out (0: nothing is), labels by table, by name or by folder, a language model with labels.
   int64_t rate = 0;
@@ -68,8 +71,9 @@ struct TrainOptions {
   int64_t eval_every = 0;          // steps; 0: about twenty times in the run
   int64_t checkpoint_every = 0;    // steps; 0: at every evaluation
   int64_t patience = 0;            // evaluations without improvement before stopping; 0: never
-  std::string metric;  // mcc | accuracy | auroc | loss: which model is best; "": mcc, lm loss
-  std::string log;     // JSON lines; empty: OUT/train/log.jsonl
+  // mcc | accuracy | auroc | loss: which model is best; "": mcc, of lm and mlm loss.
+  std::string metric;
+  std::string log;  // JSON lines; empty: OUT/train/log.jsonl
   bool resume = false;
   double max_minutes = 0;  // stop (with a checkpoint) after this; 0: no limit
   uint64_t seed = 1;

@@ -192,9 +192,9 @@ void Trainer::evaluate_now() {
   point.tokens_per_second = static_cast<double>(rate_tokens_) / seconds_since(rate_start_);
   const Note note = [this](const std::string& text) { say("note: evaluation: " + text); };
   if (!data_.parts.held_out.empty())
-    point.validation =
-        evaluate(backend_, computing(), data_.held_out_of(options_), data_.parts.held_out,
-                 {.both_strands = options_.reverse_complement, .note = &note});
+    point.validation = evaluate(
+        backend_, computing(), data_.held_out_of(options_), data_.parts.held_out,
+        {.both_strands = options_.reverse_complement, .note = &note, .seed = options_.seed});
   const Metrics& m = point.validation.metrics;
   // Without a validation set the last model stands.
   double metric = static_cast<double>(step_), loss = 0;

@@ -39,7 +39,8 @@ constexpr std::string_view kLater[] = {
     "mixers",    "s4d_states",    "s4d_init",      "topology",
     "pool",      "widths",        "mlp",           "condition_dropout",
     "dt_rank",   "lengths",       "accumulate",    "chunk",
-    "truncate",  "bidirectional", "strands",       "kmer"};
+    "truncate",  "bidirectional", "strands",       "kmer",
+    "alphabet",  "mask_share",    "target_column"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -52,6 +53,9 @@ void visit(Options& o, F f) {
   f("from", o.from, true);
   f("sequence_column", o.sequence_column, true);
   f("label_column", o.label_column, true);
+  f("target_column", o.target_column, true);
+  f("alphabet", o.alphabet, true);
+  f("mask_share", o.mask_share, true);
   f("table", o.table, false);
   f("audio", o.audio, true);
   f("rate", o.rate, true);
@@ -101,7 +105,6 @@ void visit(Options& o, F f) {
   f("threads", o.threads, false);  // a note, not a refusal: the machine may have changed
 }
 
-const char* name_of(Objective objective) { return objective == Objective::lm ? "lm" : "classify"; }
 const char* name_of(Pooling pooling) { return pooling == Pooling::last ? "last" : "mean"; }
 
 }  // namespace
@@ -185,6 +188,8 @@ void check_audio(const TrainOptions& o) {
     refuse(o.strands != "average", "strands");
     refuse(o.kmer > 1, "kmer");
     refuse(o.bidirectional, "bidirectional");
+    refuse(o.objective == Objective::mlm, "objective mlm");
+    refuse(!o.alphabet.empty(), "alphabet");
     if (o.condition && o.objective != Objective::lm)
       throw UsageError("--condition is for a language model: it does not go with --task classify");
     if (!o.condition && o.objective == Objective::lm &&
@@ -203,6 +208,36 @@ void check_audio(const TrainOptions& o) {
     refuse(!o.labels.empty(), "labels");
     refuse(!o.label_pattern.empty(), "label-pattern");
   }
+}
+
+// A table's own letters and targets.
+void check_letters(const TrainOptions& o) {
+  if (!o.target_column.empty() && o.objective != Objective::mlm)
+    throw UsageError("--target-column: what each place is to put out goes with a token head",
+                     "--objective mlm");
+  if (o.alphabet.empty()) return;
+  const std::string fault = alphabet_fault(o.alphabet);
+  if (!fault.empty()) throw UsageError(fmt::format("--alphabet: {}", fault));
+  if (o.mutate > 0) throw UsageError("--mutate is for DNA, not for the letters of --alphabet");
+  if (!o.table.empty()) throw UsageError("--table is for FASTA, --alphabet for CSV and TSV");
+}
+
+// Both ends, both strands: what does not go with them.
+void check_directions(const TrainOptions& o) {
+  if (o.strands != "average" && o.strands != "equivariant")
+    throw UsageError(fmt::format("--strands '{}': expected average or equivariant", o.strands));
+  if (o.objective == Objective::lm && (o.bidirectional || o.strands == "equivariant"))
+    throw UsageError(fmt::format("--{}: a causal language model would see what it predicts",
+                                 o.bidirectional ? "bidirectional" : "strands equivariant"),
+                     "--objective mlm");
+  if (o.strands == "equivariant" && !o.reverse_complement)
+    throw UsageError(
+        "--strands equivariant: both strands are one, --no-reverse-complement says "
+        "that they differ");
+  if (o.strands == "equivariant" && !o.alphabet.empty())
+    throw UsageError("--strands equivariant: --alphabet has no strands");
+  if (o.truncate && (o.bidirectional || o.strands == "equivariant"))
+    throw UsageError("--truncate: sequences are read whole");
 }
 
 }  // namespace
@@ -242,19 +277,10 @@ void check_ranges(const TrainOptions& o) {
   within("trim", o.trim, 0, 200);
   within("rate", static_cast<double>(o.rate), 0, 1 << 24);
   within("kmer", static_cast<double>(o.kmer), 1, Config::kMaxKmer);
-  if (o.strands != "average" && o.strands != "equivariant")
-    throw UsageError(fmt::format("--strands '{}': expected average or equivariant", o.strands));
-  if (o.objective == Objective::lm && (o.bidirectional || o.strands == "equivariant"))
-    throw UsageError(fmt::format("--{}: a causal language model would see what it predicts",
-                                 o.bidirectional ? "bidirectional" : "strands equivariant"),
-                     "--objective mlm");
-  if (o.strands == "equivariant" && !o.reverse_complement)
-    throw UsageError(
-        "--strands equivariant: both strands are one, --no-reverse-complement says "
-        "that they differ");
-  if (o.truncate && (o.bidirectional || o.strands == "equivariant"))
-    throw UsageError("--truncate: sequences are read whole");
+  within("mask-share", o.mask_share, 0.001, 0.999);
+  check_directions(o);
   check_audio(o);
+  check_letters(o);
   if (o.from.empty()) network_of(o);  // else the network is that of a model
 }
 
@@ -276,7 +302,8 @@ TrainOptions parse_train_options(const std::string& text) {
       if (in.contains(key) || !std::ranges::count(kLater, key)) in.at(key).get_to(value);
     });
     if (!in.contains("dt_rank")) options.dt_rank = (options.d + 15) / 16;
-    options.objective = in.at("objective") == "lm" ? Objective::lm : Objective::classify;
+    for (const Objective objective : {Objective::lm, Objective::classify, Objective::mlm})
+      if (in.at("objective") == name_of(objective)) options.objective = objective;
     options.pooling = in.at("pooling") == "last" ? Pooling::last : Pooling::mean;
   } catch (const json::exception& error) {
     fail("the checkpoint's options cannot be read: {}", error.what());

@@ -58,8 +58,8 @@ class Trainer {
     if (hooks_.line) hooks_.line(text);
   }
   int interrupted() const { return hooks_.interrupted ? hooks_.interrupted() : 0; }
-  bool lm() const { return options_.objective == Objective::lm; }
-  int64_t bases(std::span<const Example> items) const {  // or samples
+  bool lm() const { return options_.objective != Objective::classify; }  // or mlm
+  int64_t bases(std::span<const Example> items) const {                  // or samples
     int64_t total = 0;
     for (const Example& item : items) total += item.length;
     return total / front_.step();
@@ -78,6 +78,7 @@ class Trainer {
   void read_data();
   Config network() const;
   void settle_lengths();
+  void settle_alphabet();
   void resolve();
   int64_t longest() const;
   void settle_chunk(const Config& config);

@@ -19,6 +19,7 @@ constexpr int64_t kAudioWindow = 8192;  // samples, likewise, where a batch hold
 uint64_t fingerprint(const Examples& all, uint64_t hash = kHashStart) {
   const auto mix = [&](const void* data, size_t bytes) { hash = hash_bytes(data, bytes, hash); };
   for (const auto& codes : all.codes) mix(codes.data(), codes.size());
+  for (const auto& targets : all.targets) mix(targets.data(), targets.size());
   for (const auto& label : all.labels) mix(label.c_str(), label.size() + 1);
   for (const Example& item : all.items) {
     const int64_t fields[] = {item.record, item.begin, item.length, item.label};
@@ -35,7 +36,9 @@ TrainingData read_dna(const TrainOptions& options) {
                          .min_length = options.min_length,
                          .max_length = options.max_length,
                          .labels = {},
-                         .labelled = options.objective != Objective::lm};
+                         .labelled = options.objective == Objective::classify,
+                         .target_column = options.target_column,
+                         .alphabet = options.alphabet};
   data.all = read_examples(options.data, dataset);
   const double fraction = options.validation.empty() ? options.validation_fraction : 0;
   data.parts = partition(data.all, fraction, options.min_length, options.max_length, options.seed);
@@ -91,6 +94,8 @@ bool has_split(const Dataset& dataset, const std::string& name) {
 
 // Of datasets with splits: trained on split train, validated on split validation.
 TrainingData read_stored(TrainOptions& options) {
+  if (!options.alphabet.empty() || !options.target_column.empty())
+    throw UsageError("--alphabet and --target-column: for CSV and TSV, the data is a dataset");
   if (!options.table.empty() || !options.labels.empty() || !options.label_pattern.empty())
     throw UsageError("--table, --labels and --label-pattern: a dataset has its labels");
   CodesOf expected;
@@ -153,7 +158,9 @@ SampleCodes parse_codes(const std::string& name) {
 
 TrainingData read_training_data(TrainOptions& options,
                                 const std::function<void(const std::string&)>& note) {
-  if (options.objective == Objective::lm && options.max_length == 0) {
+  // Rows with targets are tasks: read whole.
+  if (options.objective != Objective::classify && options.target_column.empty() &&
+      options.max_length == 0) {
     const int64_t step = parse_codes(options.codes) == SampleCodes::pcm16 ? 2 : 1;
     options.max_length =
         options.audio ? std::min(kAudioWindow, options.batch_tokens / step) : kWindow;

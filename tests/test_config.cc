@@ -92,8 +92,16 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(refusal("{\"a\": }"), "m/config.json: expected JSON, found something else at byte 7");
   EXPECT_EQ(with(R"(, "coil": {"objective": "classify", "heads": 2})"),
             "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, audio, "
-            "condition, condition_dropout, unknown, mixers, s4d, topology, unet, mlp; the model "
-            "needs a newer Coil");
+            "condition, condition_dropout, unknown, mixers, s4d, topology, unet, mlp, mask_share, "
+            "target_column; the model needs a newer Coil");
+  EXPECT_EQ(with(R"(, "coil": {"alphabet": "ABCA"})"),
+            "m/config.json: coil.alphabet: letter 'A' stands twice");
+  EXPECT_EQ(with(R"(, "coil": {"alphabet": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrs"})"),
+            "m/config.json: vocab_size: expected at least 45 for its letters, found 16");
+  EXPECT_EQ(with(R"(, "coil": {"alphabet": 4})"),
+            "m/config.json: coil.alphabet: expected \"dna\" or letters, found 4");
+  EXPECT_EQ(with(R"(, "coil": {"objective": "mlm", "mask_share": 2})"),
+            "m/config.json: coil.mask_share: expected a number from 0 to 1, found 2");
   EXPECT_EQ(with(R"(, "coil": {"unknown": [{"length": 100, "probability": 1.5}]})"),
             "m/config.json: coil.unknown[0].probability: expected a number from 0 to 1, found 1.5");
 }
@@ -325,6 +333,36 @@ TEST_F(ModelFolder, RoundTrip) {
   EXPECT_EQ(back.unknown[1].probability, 0.75);
   EXPECT_NE(to_json(config).find("\"layer_norm_epsilon\": 1e-05"), std::string::npos)
       << to_json(config);
+}
+
+TEST_F(ModelFolder, MaskedLanguageModelRoundTrip) {
+  Config config = small_with("");
+  config.objective = Objective::mlm;
+  config.alphabet = "XYZ+";
+  config.mask_share = 0.3;
+  write_config(config, folder_);
+  Config back = read_config(folder_);
+  EXPECT_EQ(to_json(back), to_json(config));
+  EXPECT_EQ(back.objective, Objective::mlm);
+  EXPECT_EQ(back.alphabet, "XYZ+");
+  EXPECT_TRUE(back.letters());
+  EXPECT_EQ(back.mask_share, 0.3);
+  config.alphabet = "dna";
+  config.target_column = "answer";
+  write_config(config, folder_);
+  back = read_config(folder_);
+  EXPECT_EQ(to_json(back), to_json(config));
+  EXPECT_EQ(back.target_column, "answer");
+  EXPECT_FALSE(back.letters());
+}
+
+TEST(Alphabet, Faults) {
+  EXPECT_EQ(alphabet_fault("ABab01+-"), "");
+  EXPECT_EQ(alphabet_fault("A"), "expected two letters or more, found 'A'");
+  EXPECT_EQ(alphabet_fault("ABB"), "letter 'B' stands twice");
+  EXPECT_EQ(alphabet_fault("A.B"), "'.' is no letter that a table can hold");
+  EXPECT_EQ(alphabet_fault("A,B"), "',' is no letter that a table can hold");
+  EXPECT_EQ(alphabet_fault("AB\t"), "letter 3 is the byte 0x09, expected a printable ASCII letter");
 }
 
 TEST_F(ModelFolder, LabelsAreCheckedByLine) {

@@ -117,6 +117,78 @@ TEST_F(Dataset, LabelsOfAModel) {
                   "x.csv: line 3 has label 'cat', which is not one of the model's: dog, emu");
 }
 
+using Bytes = std::vector<uint8_t>;
+
+TEST_F(Dataset, LettersAndTargets) {
+  const std::string csv = "sequence,label,answer\nABCA,x,..BC\nCC,y,A.\nB,x,.\nA,y,C\n";
+  DatasetOptions options{.alphabet = "ABC"};
+  for (const std::string& file : {write("x.csv", csv), compress("x.csv.gz", csv, "w")}) {
+    const Examples all = read_examples({file}, options);
+    EXPECT_EQ(all.codes, (std::vector<Bytes>{{0, 1, 2, 0}, {2, 2}, {1}, {0}}));
+    EXPECT_EQ(all.labels, (Strings{"x", "y"}));
+    EXPECT_TRUE(all.targets.empty());
+  }
+  options.target_column = "answer";
+  options.labelled = false;
+  const Examples all = read_examples({path("x.csv")}, options);
+  EXPECT_EQ(all.targets, (std::vector<Bytes>{
+                             {kUncounted, kUncounted, 1, 2}, {0, kUncounted}, {kUncounted}, {2}}));
+  // Of DNA: a gap is a place of its own, N is nothing to be told.
+  options.alphabet = "";
+  const Examples dna = read_examples({write("dna.csv", "sequence,answer\nA-cT,.gNT\n")}, options);
+  EXPECT_EQ(dna.codes[0], (Bytes{1, 5, 2, 4}));
+  EXPECT_EQ(dna.targets[0], (Bytes{kUncounted, 3, kUncounted, 4}));
+}
+
+// A row longer than a segment, and one that is cut at a held-out place.
+TEST_F(Dataset, TargetsGoWithTheirRows) {
+  std::string sequence, answer;
+  for (int i = 0; i < 150'000; ++i) {
+    sequence += "AB"[i % 3 == 0];
+    answer += "AB."[i % 3];
+  }
+  const std::string table = "sequence,t\n" + sequence + "," + answer + "\nAB,BA\nAA,..\n";
+  Examples all = read_examples(
+      {write("long.csv", table)},
+      {.max_length = 1000, .labelled = false, .target_column = "t", .alphabet = "AB"});
+  std::vector<Example> train, held_out;
+  split(all, 0.3, 1, train, held_out);
+  ASSERT_EQ(all.targets.size(), all.codes.size());
+  int64_t seen = 0;
+  for (size_t record = 0; record < all.codes.size(); ++record) {
+    const Bytes& codes = all.codes[record];
+    const Bytes& targets = all.targets[record];
+    ASSERT_EQ(codes.size(), targets.size());
+    if (codes.size() < 1000) continue;
+    for (size_t i = 0; i < codes.size(); ++i)  // B at every third place, where the target is A
+      EXPECT_EQ(codes[i] == 1, targets[i] == 0) << record << " " << i;
+    seen += std::ssize(codes);
+  }
+  EXPECT_EQ(seen, 150'000);
+}
+
+TEST_F(Dataset, BadLettersAndTargets) {
+  const auto csv = [&](const std::string& text) {
+    return dataset_error(write("bad.csv", "sequence,label,t\n" + text),
+                         {.labelled = false, .target_column = "t", .alphabet = "ABC"});
+  };
+  EXPECT_CONTAINS(csv("ABC,x,...\nABQ,x,...\n"),
+                  "bad.csv: line 3 has 'Q' at place 3, which is no letter of the alphabet 'ABC'");
+  EXPECT_CONTAINS(csv("AaC,x,...\n"), "has 'a' at place 2");
+  EXPECT_CONTAINS(csv("ABC,x,..\n"), "bad.csv: line 2: column 't' has 2 letters, the sequence 3");
+  EXPECT_CONTAINS(
+      csv("ABC,x,..Q\n"),
+      "bad.csv: line 2: column 't' has 'Q' at place 3, which is neither '.' nor a letter "
+      "of the alphabet 'ABC'");
+  EXPECT_CONTAINS(dataset_error(path("bad.csv"), {.target_column = "u", .alphabet = "ABC"}),
+                  "no column 'u'");
+  const std::string fasta = write("x.fa", ">a\nACGT\n");
+  EXPECT_CONTAINS(dataset_error(fasta, {.labelled = false, .alphabet = "ACGT"}),
+                  "x.fa: is no table, and an alphabet of letters is of CSV or TSV");
+  EXPECT_CONTAINS(dataset_error(fasta, {.labelled = false, .target_column = "t"}),
+                  "x.fa: is no table, and targets stand in a column of one");
+}
+
 TEST_F(Dataset, BadInput) {
   const auto csv = [&](const std::string& text) { return dataset_error(write("bad.csv", text)); };
   EXPECT_CONTAINS(csv("seq,label\nA,0\n"),

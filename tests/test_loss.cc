@@ -16,7 +16,7 @@ namespace {
 
 struct Case {
   const char* network;
-  const char* head;  // lm | audio | mean | last
+  const char* head;  // lm | mlm | audio | mean | last
 };
 std::string name_of(const Case& test) { return std::string(test.network) + "_" + test.head; }
 
@@ -33,7 +33,9 @@ Config config_of(const Case& test) {
     config.audio = {.rate = 8000, .codes = SampleCodes::pcm16};
     config.vocab = config.predicted() + 1;
   }
-  if (test.head == std::string("lm") || config.audio.rate > 0) return config;
+  if (test.head == std::string("mlm")) config.objective = Objective::mlm;
+  if (test.head == std::string("lm") || config.objective == Objective::mlm || config.audio.rate > 0)
+    return config;
   config.objective = Objective::classify;
   config.pooling = test.head == std::string("last") ? Pooling::last : Pooling::mean;
   config.labels = {"a", "b", "c"};
@@ -46,7 +48,7 @@ struct Records {
   std::vector<float> class_weights = {1, 0.5f, 2};
   std::vector<Piece> pieces;
   Records(const Config& config, const std::vector<int64_t>& lengths, uint64_t seed) {
-    const bool lm = config.objective == Objective::lm;
+    const bool lm = config.objective != Objective::classify;
     for (const int64_t length : lengths) {
       pieces.push_back({.begin = static_cast<int64_t>(ids.size()), .length = length});
       const std::vector<int32_t> own = random_ids(length, config.vocab, seed + pieces.size());
@@ -66,7 +68,7 @@ class LossInChunks : public ::testing::TestWithParam<Case> {
     model_ = random_model(*backend_, config_of(GetParam()), 29);
   }
   BatchLoss loss(Records& records, Model* grad, const Cut& cut) {
-    const bool lm = model_.config.objective == Objective::lm;
+    const bool lm = model_.config.objective != Objective::classify;
     const View weights = host_view(records.class_weights.data(), DType::f32, {3});
     return batch_loss(*backend_, model_, ids_view(records.ids), Rows(*backend_, records.pieces),
                       ids_view(records.targets), lm ? View{} : weights, grad, nullptr, 0.7, cut);
@@ -102,15 +104,14 @@ class LossInChunks : public ::testing::TestWithParam<Case> {
   std::unique_ptr<Backend> backend_;
   Model model_;
 };
-INSTANTIATE_TEST_SUITE_P(Loss, LossInChunks,
-                         ::testing::Values(Case{"mamba", "lm"}, Case{"mamba", "mean"},
-                                           Case{"mamba", "last"}, Case{"falcon_mamba", "lm"},
-                                           Case{"s4d", "lm"}, Case{"s4d", "mean"},
-                                           Case{"s4d", "last"}, Case{"mixed", "lm"},
-                                           Case{"unet", "lm"}, Case{"unet", "mean"},
-                                           Case{"unet", "last"}, Case{"unet16", "lm"},
-                                           Case{"unet16", "mean"}, Case{"mamba", "audio"}),
-                         [](const auto& info) { return name_of(info.param); });
+INSTANTIATE_TEST_SUITE_P(
+    Loss, LossInChunks,
+    ::testing::Values(Case{"mamba", "lm"}, Case{"mamba", "mlm"}, Case{"mamba", "mean"},
+                      Case{"mamba", "last"}, Case{"falcon_mamba", "lm"}, Case{"s4d", "lm"},
+                      Case{"s4d", "mean"}, Case{"s4d", "last"}, Case{"mixed", "lm"},
+                      Case{"unet", "lm"}, Case{"unet", "mean"}, Case{"unet", "last"},
+                      Case{"unet16", "lm"}, Case{"unet16", "mean"}, Case{"mamba", "audio"}),
+    [](const auto& info) { return name_of(info.param); });
 
 // Chunks that divide neither the lengths nor the pooling of a U-Net; shorter than a coarse step
 // too.
