@@ -130,6 +130,10 @@ int run_convert(int argc, char** argv) {
                "      in the file as score.weight and score.bias, to be applied to the {}.\n",
                model.config.pooling == Pooling::mean ? "mean of the last hidden states"
                                                      : "last hidden state");
+  if (huggingface && model.config.objective == Objective::mlm)
+    fmt::print(stderr,
+               "note: its head tells the token in its own place, not the next one as in "
+               "MambaForCausalLM; MambaModel loads the backbone.\n");
   if (huggingface && model.config.alphabet == "dna" &&
       !fs::exists(fs::path(options.in) / "tokenizer.json"))
     fmt::print(stderr, "note: there is no tokenizer; the token ids are A 1, C 2, G 3, T 4, N 5.\n");

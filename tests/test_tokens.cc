@@ -231,7 +231,7 @@ class TrainTokens : public ::testing::Test {
                                .labelled = !config.labels.empty(),
                                .target_column = config.target_column,
                                .alphabet = config.letters() ? config.alphabet : ""});
-    return evaluate(*backend_, model, all, all.items, {});
+    return evaluate(*backend_, model, all, all.items, {.both_strands = false});
   }
   std::string failure(const TrainOptions& options) {
     try {
