@@ -3,6 +3,7 @@
 
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "kernels/error.h"
 #include "pipelines/classify.h"
 
@@ -29,7 +30,7 @@ po::options_description describe(Options& options) {
   po::options_description description("Options");
   description.add_options()  //
       ("model", po::value(&options.model)->value_name("MODEL"),
-       "model folder, a classifier trained without the classes of --unknown")  //
+       "a classifier trained without the classes of --unknown")  //
       ("known", po::value(&options.known)->multitoken()->value_name("FILE..."),
        "sequences of its classes that it was not trained on")  //
       ("unknown", po::value(&options.unknown)->multitoken()->value_name("FILE..."),
@@ -64,6 +65,7 @@ int run_calibrate(int argc, char** argv) {
     return 0;
   }
   if (options.model.empty()) throw UsageError("no MODEL given");
+  options.model = find_model(options.model);
   if (options.known.empty()) throw UsageError("no --known sequences given");
   if (!(options.keep > 0 && options.keep <= 1)) {
     throw UsageError(fmt::format("--keep: expected above 0 and at most 1, found {}", options.keep));

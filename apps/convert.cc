@@ -6,6 +6,7 @@
 #include <set>
 
 #include "apps/command.h"
+#include "apps/models.h"
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/atomic_file.h"
@@ -97,6 +98,7 @@ int run_convert(int argc, char** argv) {
   if (!parse(argc, argv, "convert IN OUT [--to coil|huggingface]", text, describe(options),
              {"in", "out"}, false, values))
     return 0;
+  options.in = find_model(options.in);
   check_options(options);
   std::error_code error;
   if (fs::exists(options.out, error) && !fs::is_empty(options.out, error))

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "apps/command.h"
+#include "apps/models.h"
 #include "kernels/error.h"
 #include "model/memory_plan.h"
 #include "model/safetensors.h"
@@ -28,8 +29,10 @@ struct InfoOptions {
 po::options_description describe(InfoOptions& options) {
   po::options_description text("Options");
   text.add_options()  //
-      ("model", po::value(&options.model)->value_name("MODEL"),
-       "a model folder, Coil's or Hugging Face's")                                //
+      (
+          "model", po::value(&options.model)->value_name("MODEL"),
+          "a model folder, Coil's or Hugging Face's, or the name of a shipped model such as "
+          "species")                                                              //
       ("length", option(options.length, "SIZE"), "bases or steps of a sequence")  //
       ("batch", option(options.batch, "COUNT"), "sequences at once")              //
       ("chunk", option(options.chunk, "SIZE"),
@@ -287,6 +290,7 @@ int run_info(int argc, char** argv) {
              describe(options), {"model"}, false, values))
     return 0;
   if (options.model.empty()) throw UsageError("no MODEL given", "usage: coil info MODEL [options]");
+  options.model = find_model(options.model);
 
   Model model;
   model.config = read_config(options.model);
