@@ -221,6 +221,8 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        "go on from the last checkpoint; options and data are remembered")                       //
       ("eval-every", size(o.eval_every, "COUNT"), "steps; 0: twenty times in the run")          //
       ("checkpoint-every", size(o.checkpoint_every, "COUNT"), "steps; 0: at every evaluation")  //
+      ("shard-size", size(o.shard_size),
+       "most bytes of a file of the model and of checkpoints; 0: one file")  //
       ("patience", size(o.patience, "COUNT"),
        "stop after so many evaluations without improvement; 0: never")  //
       ("metric", option(o.metric, "NAME"),
