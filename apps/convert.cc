@@ -98,8 +98,8 @@ int run_convert(int argc, char** argv) {
   if (!parse(argc, argv, "convert IN OUT [--to coil|huggingface]", text, describe(options),
              {"in", "out"}, false, values))
     return 0;
-  options.in = find_model(options.in);
   check_options(options);
+  options.in = find_model(options.in);
   std::error_code error;
   if (fs::exists(options.out, error) && !fs::is_empty(options.out, error))
     throw Error(fmt::format("'{}' is not an empty folder", options.out), "name a new one");
