@@ -12,6 +12,7 @@
 #include "apps/command.h"
 #include "apps/dataset.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "apps/signals.h"
 #include "kernels/error.h"
 #include "pipelines/classify.h"
@@ -179,8 +180,9 @@ class Rate {
 int run_batch(int argc, char** argv) {
   Options o;
   po::options_description text("Options");
-  text.add_options()                                                                      //
-      ("model", po::value(&o.model)->value_name("MODEL"), "model folder")                 //
+  text.add_options()  //
+      ("model", po::value(&o.model)->value_name("MODEL"),
+       "model folder, or the name of a shipped model")                                    //
       ("dataset", po::value(&o.dataset)->value_name("DATASET"), "of coil dataset build")  //
       ("output,o", po::value(&o.out)->value_name("OUT"), "the HDF5 file of results")      //
       ("task", po::value(&o.task)->value_name("NAME"), "classify | score | embed");
@@ -206,6 +208,7 @@ int run_batch(int argc, char** argv) {
           text, {"model", "dataset"}, false, values))
     return 0;
   if (o.model.empty()) throw UsageError("no MODEL given");
+  o.model = find_model(o.model);
   if (o.dataset.empty()) throw UsageError("no DATASET given");
   o.out = hdf5_output(o.out);
   const Task task = parse_task(o.task);
@@ -276,8 +279,9 @@ int run_embed(int argc, char** argv) {
   Options o;
   o.task = name_of(Task::embed);
   po::options_description text("Options");
-  text.add_options()                                                                  //
-      ("model", po::value(&o.model)->value_name("MODEL"), "model folder")             //
+  text.add_options()  //
+      ("model", po::value(&o.model)->value_name("MODEL"),
+       "model folder, or the name of a shipped model")                                //
       ("output,o", po::value(&o.out)->value_name("OUT"), "the HDF5 file of vectors")  //
       ("force", po::bool_switch(&o.force),
        "take over from a process of another host, which must not live any more");
@@ -294,6 +298,7 @@ int run_embed(int argc, char** argv) {
              text, {"model", "input"}, true, values))
     return 0;
   if (o.model.empty()) throw UsageError("no MODEL given");
+  o.model = find_model(o.model);
   o.out = hdf5_output(o.out);
   const Config config = read_config(o.model);
   BatchWork work = work_of(o, config, Task::embed, values);

@@ -1,8 +1,11 @@
 // coil calibrate MODEL --known … --unknown …: the thresholds below which classify says "unknown".
 #include "pipelines/calibrate.h"
 
+#include <algorithm>
+
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "kernels/error.h"
 #include "pipelines/classify.h"
 
@@ -19,6 +22,8 @@ struct Options {
   std::vector<Size> lengths;
   double keep = CalibrateOptions{}.keep;
   Size pieces{CalibrateOptions{}.pieces};
+  double overlap = 0, slack = 0;
+  bool by_class = false;
 };
 
 po::options_description describe(Options& options) {
@@ -29,7 +34,7 @@ po::options_description describe(Options& options) {
   po::options_description description("Options");
   description.add_options()  //
       ("model", po::value(&options.model)->value_name("MODEL"),
-       "model folder, a classifier trained without the classes of --unknown")  //
+       "a classifier trained without the classes of --unknown")  //
       ("known", po::value(&options.known)->multitoken()->value_name("FILE..."),
        "sequences of its classes that it was not trained on")  //
       ("unknown", po::value(&options.unknown)->multitoken()->value_name("FILE..."),
@@ -39,8 +44,15 @@ po::options_description describe(Options& options) {
       ("lengths", po::value(&options.lengths)->multitoken()->value_name("SIZE..."),
        ("of pieces; default: " + lengths).c_str())  //
       ("keep", option(options.keep, "SHARE"),
-       "of known pieces that must not become unknown")  //
-      ("pieces", option(options.pieces, "COUNT"), "of each length, about");
+       "of known pieces that must not become unknown")                      //
+      ("pieces", option(options.pieces, "COUNT"), "of each length, about")  //
+      ("overlap", option(options.overlap, "SHARE"),
+       "of a piece that the next one may have too, where there are too few otherwise")  //
+      ("slack", option(options.slack, "NUMBER"),
+       "taken off the log-odds of every threshold: strains that are new are called less surely")  //
+      ("by-class", po::bool_switch(&options.by_class),
+       "a threshold for each class that is called; of classes that fewer than 20 known pieces are "
+       "called, that of all");
   description.add(describe(options.engine)).add(describe(options.common));
   return description;
 }
@@ -57,19 +69,32 @@ OpenSource opener(const Config& config, const std::vector<std::string>& files) {
 int run_calibrate(int argc, char** argv) {
   Options options;
   po::variables_map values;
-  if (!parse(argc, argv, "calibrate MODEL --known FILE... [--unknown FILE...] [--into MODEL]",
-             "Finds by length the probability below which coil classify says \"unknown\". Columns: "
-             "length, threshold, known (pieces), kept (share), unknown (pieces), caught (share).",
-             describe(options), {"model"}, false, values)) {
+  if (!parse(
+          argc, argv, "calibrate MODEL --known FILE... [--unknown FILE...] [--into MODEL]",
+          "Finds by length the probability below which coil classify says \"unknown\". Columns: "
+          "length, threshold, known (pieces), kept (share), unknown (pieces), caught (share); with "
+          "--by-class the threshold of each class.",
+          describe(options), {"model"}, false, values)) {
     return 0;
   }
   if (options.model.empty()) throw UsageError("no MODEL given");
+  options.model = find_model(options.model);
   if (options.known.empty()) throw UsageError("no --known sequences given");
   if (!(options.keep > 0 && options.keep <= 1)) {
     throw UsageError(fmt::format("--keep: expected above 0 and at most 1, found {}", options.keep));
   }
   if (options.pieces < 1) throw UsageError("--pieces: expected at least 1");
-  CalibrateOptions how{.keep = options.keep, .pieces = options.pieces};
+  if (!(options.overlap >= 0 && options.overlap <= 0.99)) {
+    throw UsageError(fmt::format("--overlap: expected 0 to 0.99, found {}", options.overlap));
+  }
+  if (!(options.slack >= 0)) {
+    throw UsageError(fmt::format("--slack: expected 0 or more, found {}", options.slack));
+  }
+  CalibrateOptions how{.keep = options.keep,
+                       .pieces = options.pieces,
+                       .overlap = options.overlap,
+                       .by_class = options.by_class,
+                       .slack = options.slack};
   if (!options.lengths.empty()) how.lengths.assign(options.lengths.begin(), options.lengths.end());
   for (const int64_t length : how.lengths) {
     if (length < 1) throw UsageError("--lengths: expected at least 1");
@@ -93,12 +118,23 @@ int run_calibrate(int argc, char** argv) {
                          how);
       });
   Output out("");
-  out.write("length\tthreshold\tknown\tkept\tunknown\tcaught\n");
+  std::string header = "length\tthreshold\tknown\tkept\tunknown\tcaught";
+  if (options.by_class)
+    for (const std::string& label : config.labels) header += '\t' + label;
+  out.write(header + '\n');
   target.unknown.clear();
   for (const Calibration& row : rows) {
-    out.write(fmt::format("{}\t{:.6f}\t{}\t{:.4f}\t{}\t{:.4f}\n", row.length, row.threshold,
-                          row.known, row.kept, row.unknown, row.caught));
+    std::string line = fmt::format("{}\t{:.6f}\t{}\t{:.4f}\t{}\t{:.4f}", row.length, row.threshold,
+                                   row.known, row.kept, row.unknown, row.caught);
+    for (const double threshold : row.by_class) line += fmt::format("\t{:.6f}", threshold);
+    out.write(line + '\n');
     target.unknown.push_back({.length = row.length, .probability = row.threshold});
+    if (!options.by_class) continue;
+    for (const std::string& label : target.labels) {  // one more or less than the model has
+      const auto at = std::ranges::find(config.labels, label) - config.labels.begin();
+      const bool has = at < static_cast<int64_t>(config.labels.size());
+      target.unknown.back().by_class.push_back(has ? row.by_class[at] : row.threshold);
+    }
   }
   out.close();
   if (!options.into.empty()) write_config(target, options.into);

@@ -8,6 +8,7 @@
 
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "kernels/error.h"
 
 namespace coil {
@@ -108,8 +109,9 @@ struct Options {
 
 po::options_description describe(Options& options) {
   po::options_description description("Options");
-  description.add_options()                                                                    //
-      ("model", po::value(&options.model)->value_name("MODEL"), "model folder, a classifier")  //
+  description.add_options()  //
+      ("model", po::value(&options.model)->value_name("MODEL"),
+       "a classifier: model folder, or the name of a shipped one")  //
       ("output,o", po::value(&options.out)->value_name("FILE"),
        "the table; default: standard output")                                    //
       ("json", po::bool_switch(&options.json), "JSON lines instead of a table")  //
@@ -175,6 +177,7 @@ int run_classify(int argc, char** argv) {
     return 0;
   }
   if (options.model.empty()) throw UsageError("no MODEL given");
+  options.model = find_model(options.model);
   check_combination(options);
   ClassifyOptions how{.per = options.per_file       ? AnswerPer::file
                              : options.input.paired ? AnswerPer::pair

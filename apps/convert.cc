@@ -6,6 +6,7 @@
 #include <set>
 
 #include "apps/command.h"
+#include "apps/models.h"
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/atomic_file.h"
@@ -98,6 +99,7 @@ int run_convert(int argc, char** argv) {
              {"in", "out"}, false, values))
     return 0;
   check_options(options);
+  options.in = find_model(options.in);
   std::error_code error;
   if (fs::exists(options.out, error) && !fs::is_empty(options.out, error))
     throw Error(fmt::format("'{}' is not an empty folder", options.out), "name a new one");

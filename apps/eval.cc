@@ -5,6 +5,7 @@
 
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "genomics/dataset.h"
 #include "kernels/error.h"
 #include "pipelines/batches.h"
@@ -31,7 +32,7 @@ po::options_description describe(EvalOptions& o) {
   po::options_description options("Options", 100);
   options.add_options()  //
       ("model", po::value(&o.model)->value_name("MODEL"),
-       "model folder; also as the first argument")  //
+       "model folder or shipped model; also as the first argument")  //
       ("data", po::value(&o.data)->value_name("DATA"),
        "CSV/TSV, a folder per class, or FASTA with --table; for a language model any of these, "
        "FASTA, FASTQ, SAM or BAM. Of audio: recordings or a folder of them. Of either: datasets")  //
@@ -192,6 +193,7 @@ int run_eval(int argc, char** argv) {
     return 0;
   if (options.model.empty()) throw UsageError("no model folder");
   if (options.data.empty()) throw UsageError("no data to evaluate on");
+  options.model = find_model(options.model);
   if (options.strands != "both" && options.strands != "forward")
     throw UsageError(fmt::format("--strands '{}': expected both or forward", options.strands));
 

@@ -13,6 +13,7 @@
 
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "apps/signals.h"
 #include "audio/sound.h"
 #include "audio/sound_writer.h"
@@ -38,7 +39,7 @@ po::options_description describe(Options& options) {
   po::options_description description("Options");
   description.add_options()  //
       ("model", po::value(&options.model)->value_name("MODEL"),
-       "model folder, a language model of audio")  //
+       "a language model of audio: model folder, or the name of a shipped one")  //
       ("output,o", po::value(&options.out)->value_name("FILE"),
        "16-bit WAV; of several streams out-1.wav, out-2.wav, …; -, a pipe or a device: 16-bit PCM "
        "without header, little endian")                                                   //
@@ -199,6 +200,7 @@ int run_generate(int argc, char** argv) {
   check_options(options);
   if (options.prompt == "-")
     throw UsageError("audio is read from files, not from standard input", "--prompt FILE");
+  options.model = find_model(options.model);
   const Config config = read_config(options.model);
   check_model(config, options.model);
   const GenerateOptions how = resolve(options, values, config);

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "apps/command.h"
+#include "apps/models.h"
 #include "kernels/error.h"
 #include "model/memory_plan.h"
 #include "model/safetensors.h"
@@ -29,7 +30,8 @@ po::options_description describe(InfoOptions& options) {
   po::options_description text("Options");
   text.add_options()  //
       ("model", po::value(&options.model)->value_name("MODEL"),
-       "a model folder, Coil's or Hugging Face's")                                //
+       "a model folder, Coil's or Hugging Face's, or the name of a shipped model such as "
+       "species")                                                                 //
       ("length", option(options.length, "SIZE"), "bases or steps of a sequence")  //
       ("batch", option(options.batch, "COUNT"), "sequences at once")              //
       ("chunk", option(options.chunk, "SIZE"),
@@ -152,6 +154,13 @@ int64_t steps_of(const MemoryRequest& request) {
   return request.chunk > 0 ? std::min(request.chunk, request.length) : request.length;
 }
 
+// "0.750", of thresholds by class "0.270 to 0.992".
+std::string threshold_text(const Config::Threshold& threshold) {
+  if (threshold.by_class.empty()) return fmt::format("{:.3f}", threshold.probability);
+  const auto [low, high] = std::ranges::minmax(threshold.by_class);
+  return fmt::format("{:.3f} to {:.3f}, by class,", low, high);
+}
+
 std::string text_of(const InfoOptions& options, const Config& config,
                     const SafetensorsReader& reader, const std::vector<Group>& groups,
                     const MemoryRequest& request, const MemoryPlan& plan) {
@@ -160,7 +169,7 @@ std::string text_of(const InfoOptions& options, const Config& config,
                                  sizes_text(config), fmt::join(reader.files(), " "));
   if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
   for (const Config::Threshold& threshold : config.unknown)
-    text += fmt::format("unknown  below {:.3f} at {} bases\n", threshold.probability,
+    text += fmt::format("unknown  below {} at {} bases\n", threshold_text(threshold),
                         with_commas(threshold.length));
 
   size_t width = 6, shape = 5;
@@ -242,9 +251,11 @@ std::string json_of(const InfoOptions& options, const Config& config,
     json["pooling"] = config.pooling == Pooling::mean ? "mean" : "last";
   json["labels"] = config.labels;
   json["unknown"] = Json::array();
-  for (const Config::Threshold& threshold : config.unknown)
+  for (const Config::Threshold& threshold : config.unknown) {
     json["unknown"].push_back(
         {{"length", threshold.length}, {"probability", threshold.probability}});
+    if (!threshold.by_class.empty()) json["unknown"].back()["by_class"] = threshold.by_class;
+  }
   json["network"] = {{"layers", all_layers(config)},
                      {"d", config.d},
                      {"e", config.e},
@@ -295,6 +306,7 @@ int run_info(int argc, char** argv) {
              describe(options), {"model"}, false, values))
     return 0;
   if (options.model.empty()) throw UsageError("no MODEL given", "usage: coil info MODEL [options]");
+  options.model = find_model(options.model);
 
   Model model;
   model.config = read_config(options.model);

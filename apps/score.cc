@@ -7,6 +7,7 @@
 
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "kernels/error.h"
 
 namespace coil {
@@ -27,7 +28,7 @@ po::options_description describe(Options& options) {
   po::options_description description("Options");
   description.add_options()  //
       ("model", po::value(&options.model)->value_name("MODEL"),
-       "model folder, a language model")  //
+       "a language model: model folder, or the name of a shipped one")  //
       ("output,o", po::value(&options.out)->value_name("FILE"),
        "the table; default: standard output")                                    //
       ("json", po::bool_switch(&options.json), "JSON lines instead of a table")  //
@@ -78,6 +79,7 @@ int run_score(int argc, char** argv) {
     return 0;
   }
   if (options.model.empty()) throw UsageError("no MODEL given");
+  options.model = find_model(options.model);
   const Strands strands = parse_strands(options.engine.strands);
   std::vector<std::string> read = files_of(options.input);
   read.push_back(options.labels.table);

@@ -10,6 +10,7 @@
 
 #include "apps/command.h"
 #include "apps/inputs.h"
+#include "apps/models.h"
 #include "apps/signals.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
@@ -132,8 +133,9 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
              o.objective = given == "lm" ? Objective::lm : Objective::classify;
            })
            ->value_name("WHICH"),
-       "another name of --objective")                                                           //
-      ("from", option(o.from, "MODEL"), "start from the weights of this model folder")          //
+       "another name of --objective")  //
+      ("from", option(o.from, "MODEL"),
+       "start from the weights of this model, a folder or a shipped one")                       //
       ("d-model", size(o.d), "width")                                                           //
       ("layers", size(o.layers, "COUNT"), "layers")                                             //
       ("state", size(o.n), "SSM state per channel")                                             //
@@ -238,6 +240,8 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
        "go on from the last checkpoint; options and data are remembered")                       //
       ("eval-every", size(o.eval_every, "COUNT"), "steps; 0: twenty times in the run")          //
       ("checkpoint-every", size(o.checkpoint_every, "COUNT"), "steps; 0: at every evaluation")  //
+      ("shard-size", size(o.shard_size),
+       "most bytes of a file of the model and of checkpoints; 0: one file")  //
       ("patience", size(o.patience, "COUNT"),
        "stop after so many evaluations without improvement; 0: never")  //
       ("metric", option(o.metric, "NAME"),
@@ -268,6 +272,7 @@ bool parse_over(int argc, char** argv, const TrainOptions& base, Given& given) {
   if (!parse(argc, argv, "train [options] DATA… -o MODEL", kText, options, {"data"}, true,
              given.values))
     return false;
+  given.options.from = find_model(given.options.from);
   given.options.reverse_complement = !no_reverse_complement;
   given.options.seed = given.common.seed;
   given.options.threads = given.common.threads;

@@ -24,7 +24,7 @@ using Json = nlohmann::json;
 constexpr int kVersion = 1;
 constexpr int64_t kMaxState = 16 << 20;
 constexpr const char* kState = "state.json";
-constexpr const char* kOptimizer = "optimizer.safetensors";
+constexpr const char* kOptimizer = "optimizer";
 
 // step-N, or step-N.R where step N was saved again while `latest` named the first.
 struct StepFolder {
@@ -158,7 +158,8 @@ Checkpoint read_state(const fs::path& folder, int64_t& optimizer_steps) {
 }  // namespace
 
 void save_checkpoint(Backend& backend, const std::string& folder, const Checkpoint& checkpoint,
-                     const Model& model, const Optimizer& optimizer, int keep) try {
+                     const Model& model, const Optimizer& optimizer, int keep,
+                     int64_t shard_bytes) try {
   COIL_ASSERT(keep >= 1);
   const fs::path train = training_folder(folder);
   fs::create_directories(train);
@@ -177,8 +178,8 @@ void save_checkpoint(Backend& backend, const std::string& folder, const Checkpoi
   add_views(backend, weights, model, "", copies);
   add_views(backend, moments, optimizer.m, "m.", copies);
   add_views(backend, moments, optimizer.v, "v.", copies);
-  write_safetensors((partial / kTensorFile).string(), weights);
-  write_safetensors((partial / kOptimizer).string(), moments);
+  write_sharded(partial.string(), weights, shard_bytes);
+  write_sharded(partial.string(), moments, shard_bytes, kOptimizer);
   const Json state = {{"version", kVersion},
                       {"step", checkpoint.step},
                       {"optimizer_steps", optimizer.steps},
@@ -221,13 +222,17 @@ Checkpoint load_checkpoint(Backend& backend, const std::string& folder, Model& m
   const Checkpoint checkpoint = read_state(step, optimizer_steps);
   const size_t count = declare(model).size();
 
-  const std::string weights = (step / kTensorFile).string();
-  const SafetensorsReader weight_reader(weights);
+  // In messages: the file, of shards the folder.
+  const auto place = [&](const SafetensorsReader& reader) {
+    return reader.files().size() == 1 ? reader.files()[0] : step.string();
+  };
+  const SafetensorsReader weight_reader(step.string());
+  const std::string weights = place(weight_reader);
   check_count(weight_reader, count, weights);
   load_tensors(backend, weight_reader, model, "", weights);
 
-  const std::string moments = (step / kOptimizer).string();
-  const SafetensorsReader moment_reader(moments);
+  const SafetensorsReader moment_reader(step.string(), kOptimizer);
+  const std::string moments = place(moment_reader);
   check_count(moment_reader, 2 * count, moments);
   load_tensors(backend, moment_reader, optimizer.m, "m.", moments);
   load_tensors(backend, moment_reader, optimizer.v, "v.", moments);

@@ -321,6 +321,14 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
       row.refuse("length", fmt::format("more than the {} before it", config.unknown.back().length),
                  entry["length"]);
     config.unknown.push_back({length, p});
+    const Json* by_class = row.find("by_class");
+    if (!by_class) continue;
+    if (!by_class->is_array()) row.refuse("by_class", "a list of numbers", *by_class);
+    for (const Json& of_class : *by_class) {
+      const double value = of_class.is_number() ? of_class.get<double>() : -1;
+      if (!(value >= 0 && value <= 1)) row.refuse("by_class", "numbers from 0 to 1", *by_class);
+      config.unknown.back().by_class.push_back(value);
+    }
   }
 }
 
@@ -518,9 +526,12 @@ std::string to_json(const Config& config) {
   }
   if (config.condition) coil["condition"] = true;
   if (config.condition_dropout > 0) coil["condition_dropout"] = config.condition_dropout;
-  for (const Config::Threshold& threshold : config.unknown)
-    coil["unknown"].push_back(
-        {{"length", threshold.length}, {"probability", threshold.probability}});
+  for (const Config::Threshold& threshold : config.unknown) {
+    nlohmann::ordered_json row{{"length", threshold.length},
+                               {"probability", threshold.probability}};
+    if (!threshold.by_class.empty()) row["by_class"] = threshold.by_class;
+    coil["unknown"].push_back(row);
+  }
   json["coil"] = coil;
   return json.dump(2) + "\n";
 }
@@ -531,6 +542,10 @@ Config read_config(const std::string& folder) {
   const std::string labels = folder + "/labels.txt";
   if (config.objective == Objective::classify || config.condition)
     config.labels = parse_labels(read_file(labels, kMaxBytes), labels);
+  for (const Config::Threshold& threshold : config.unknown)
+    check(threshold.by_class.empty() || threshold.by_class.size() == config.labels.size(),
+          "{}: coil.unknown of length {}: expected by_class for {} labels, found {}", path,
+          threshold.length, config.labels.size(), threshold.by_class.size());
   check_audio_vocabulary(config, path);
   return config;
 }

@@ -125,6 +125,8 @@ struct Config {
   struct Threshold {
     int64_t length;
     double probability;
+    std::vector<double>
+        by_class{};  // of the class called, in the order of labels; empty: one for all
   };
   std::vector<Threshold> unknown;
 };

@@ -252,18 +252,24 @@ struct SafetensorsReader::File {
   }
 };
 
-SafetensorsReader::SafetensorsReader(const std::string& path) {
-  if (!fs::is_directory(path) || fs::exists(fs::path(path) / kTensorFile)) {
-    files_.push_back(std::make_unique<File>(
-        fs::is_directory(path) ? (fs::path(path) / kTensorFile).string() : path));
+bool has_tensors(const std::string& folder, const std::string& stem) {
+  return fs::exists(fs::path(folder) / (stem + ".safetensors")) ||
+         fs::exists(fs::path(folder) / (stem + ".safetensors.index.json"));
+}
+
+SafetensorsReader::SafetensorsReader(const std::string& path, const std::string& stem) {
+  const std::string one = stem + ".safetensors", listed = one + ".index.json";
+  if (!fs::is_directory(path) || fs::exists(fs::path(path) / one)) {
+    files_.push_back(
+        std::make_unique<File>(fs::is_directory(path) ? (fs::path(path) / one).string() : path));
     for (const auto& [name, tensor] : files_.back()->header.tensors)
       tensors_[name] = {files_.back().get(), tensor};
     return;
   }
-  const std::string index = (fs::path(path) / kTensorIndex).string();
+  const std::string index = (fs::path(path) / listed).string();
   if (!fs::exists(index))
     throw Error(
-        fmt::format("no {} or {} in '{}'", kTensorFile, kTensorIndex, path),
+        fmt::format("no {} or {} in '{}'", one, listed, path),
         fs::exists(fs::path(path) / "pytorch_model.bin")
             ? "pytorch_model.bin is not read: save it from transformers with save_pretrained"
             : "");

@@ -14,8 +14,9 @@
 
 namespace coil {
 
-constexpr const char* kTensorFile = "model.safetensors";
-constexpr const char* kTensorIndex = "model.safetensors.index.json";
+// STEM.safetensors, or STEM-0000i-of-0000n.safetensors and STEM.safetensors.index.json.
+constexpr const char* kTensorStem = "model";
+bool has_tensors(const std::string& folder, const std::string& stem = kTensorStem);
 
 enum class FileType : uint8_t { F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL };
 const char* name_of(FileType type);  // as in the file: "F32", …
@@ -34,10 +35,10 @@ std::map<std::string, FileTensor> parse_safetensors_header(std::string_view head
                                                            int64_t data_bytes,
                                                            const std::string& where);
 
-// A file, or a folder with model.safetensors or model.safetensors.index.json and its shards.
+// A file, or a folder with STEM.safetensors or STEM.safetensors.index.json and its shards.
 class SafetensorsReader {
  public:
-  explicit SafetensorsReader(const std::string& path);
+  explicit SafetensorsReader(const std::string& path, const std::string& stem = kTensorStem);
   ~SafetensorsReader();
   std::vector<std::string> names() const;
   bool has(const std::string& name) const;
@@ -62,10 +63,11 @@ struct NamedView {
 };
 void write_safetensors(const std::string& path, std::span<const NamedView> tensors,
                        const std::map<std::string, std::string>& metadata = {});
-// model.safetensors in `folder`, or where that would be longer than shard_bytes (above 0) the
-// shards model-0000i-of-0000n.safetensors, each at most that long unless it holds one tensor only,
-// and their index. Tensor files of an earlier save are removed, last.
+// STEM.safetensors in `folder`, or where that would be longer than shard_bytes (above 0) the shards
+// STEM-0000i-of-0000n.safetensors, each at most that long unless it holds one tensor only, and
+// their index. Tensor files of an earlier save are removed, last. One file is written whole or not
+// at all; shards each, so a kill can leave some of an earlier save beside new ones.
 void write_sharded(const std::string& folder, std::span<const NamedView> tensors,
-                   int64_t shard_bytes);
+                   int64_t shard_bytes, const std::string& stem = kTensorStem);
 
 }  // namespace coil

@@ -69,7 +69,8 @@ void write_safetensors(const std::string& path, std::span<const NamedView> tenso
 }
 
 void write_sharded(const std::string& folder, std::span<const NamedView> tensors,
-                   int64_t shard_bytes) {
+                   int64_t shard_bytes, const std::string& stem) {
+  const std::string one = stem + ".safetensors", listed = one + ".index.json";
   constexpr int64_t kHeaderBytes = 64, kEntryBytes = 160;  // room for JSON around the names
   std::vector<size_t> first = {0};                         // of each shard
   int64_t bytes = kHeaderBytes, total = 0;
@@ -91,26 +92,26 @@ void write_sharded(const std::string& folder, std::span<const NamedView> tensors
   index["metadata"]["total_size"] = total;
   for (size_t i = 0; i < shards; ++i) {
     const std::string name =
-        shards == 1 ? kTensorFile : fmt::format("model-{:05}-of-{:05}.safetensors", i + 1, shards);
+        shards == 1 ? one : fmt::format("{}-{:05}-of-{:05}.safetensors", stem, i + 1, shards);
     const auto part = tensors.subspan(first[i], first[i + 1] - first[i]);
     write_safetensors((fs::path(folder) / name).string(), part);
     written.insert(name);
     for (const NamedView& tensor : part) index["weight_map"][tensor.name] = name;
   }
   if (shards > 1) {
-    write_file_atomically((fs::path(folder) / kTensorIndex).string(), index.dump(2) + "\n");
-    written.insert(kTensorIndex);
+    write_file_atomically((fs::path(folder) / listed).string(), index.dump(2) + "\n");
+    written.insert(listed);
   }
-  // Of an earlier save. kTensorFile goes first: it is what a reader prefers.
+  // Of an earlier save. The one file goes first: it is what a reader prefers.
   std::vector<fs::path> stale;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    const bool shard = name.starts_with("model-") && name.ends_with(".safetensors");
-    if ((name == kTensorFile || name == kTensorIndex || shard) && !written.count(name))
+    const bool shard = name.starts_with(stem + "-") && name.ends_with(".safetensors");
+    if ((name == one || name == listed || shard) && !written.count(name))
       stale.push_back(entry.path());
   }
-  std::sort(stale.begin(), stale.end(), [](const fs::path& a, const fs::path& b) {
-    return (a.filename() == kTensorFile) > (b.filename() == kTensorFile);
+  std::sort(stale.begin(), stale.end(), [&](const fs::path& a, const fs::path& b) {
+    return (a.filename() == one) > (b.filename() == one);
   });
   for (const fs::path& path : stale) {
     std::error_code error;

@@ -58,10 +58,11 @@ class Average {
     for (double& p : answer_.probabilities) p /= weight_;
     const auto best = std::max_element(answer_.probabilities.begin(), answer_.probabilities.end());
     answer_.probability = *best;
-    const double threshold = options_.min_probability >= 0
-                                 ? options_.min_probability
-                                 : unknown_threshold(config_, answer_.end - answer_.begin);
     answer_.label = static_cast<int32_t>(best - answer_.probabilities.begin());
+    const double threshold =
+        options_.min_probability >= 0
+            ? options_.min_probability
+            : unknown_threshold(config_, answer_.end - answer_.begin, answer_.label);
     if (!(answer_.probability >= threshold)) answer_.label = -1;
     emit_(answer_);
     weight_ = 0;
@@ -92,18 +93,21 @@ class Average {
 
 }  // namespace
 
-double unknown_threshold(const Config& config, int64_t length) {
+double unknown_threshold(const Config& config, int64_t length, int32_t label) {
   const std::vector<Config::Threshold>& table = config.unknown;
+  const auto of = [&](const Config::Threshold& row) {
+    return row.by_class.empty() ? row.probability : row.by_class.at(static_cast<size_t>(label));
+  };
   if (table.empty()) return 0;
-  if (length <= table.front().length) return table.front().probability;
+  if (length <= table.front().length) return of(table.front());
   for (size_t i = 1; i < table.size(); i++) {
     const Config::Threshold &low = table[i - 1], &high = table[i];
     if (length > high.length) continue;
     const double span = std::log(static_cast<double>(high.length) / low.length);
     const double share = span > 0 ? std::log(static_cast<double>(length) / low.length) / span : 1;
-    return low.probability + share * (high.probability - low.probability);
+    return of(low) + share * (of(high) - of(low));
   }
-  return table.back().probability;
+  return of(table.back());
 }
 
 void check_classifier(const Config& config, const std::string& where) {

@@ -31,9 +31,9 @@ struct Answer {
   std::vector<double> probabilities;
 };
 
-// Threshold of "unknown" for a sequence of `length` bases: linear in log(length) between the
-// calibrated lengths, constant beyond them; 0 where the model has none.
-double unknown_threshold(const Config& config, int64_t length);
+// Threshold of "unknown" for a sequence of `length` bases that is called class `label`: linear in
+// log(length) between the calibrated lengths, constant beyond them; 0 where the model has none.
+double unknown_threshold(const Config& config, int64_t length, int32_t label);
 
 // Throws where the model is no classifier or reads neither DNA nor audio; `where` names it.
 void check_classifier(const Config& config, const std::string& where);

@@ -13,6 +13,7 @@
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "model/memory_plan.h"
+#include "model/safetensors.h"
 #include "pipelines/fit.h"
 
 namespace coil {
@@ -37,7 +38,7 @@ void Trainer::check_folder() const {
   check(!error, "'{}': {}", options_.out, error.message());
   check(fs::is_directory(status), "'{}' is not a folder", options_.out);
   if (options_.resume) {
-    if (!has_checkpoint(options_.out) && fs::exists(fs::path(options_.out) / "model.safetensors"))
+    if (!has_checkpoint(options_.out) && has_tensors(options_.out))
       fail("'{}' holds a model but no checkpoint to resume from", options_.out);
     return;
   }

@@ -70,6 +70,7 @@ struct TrainOptions {
   bool balance = false;            // class weights inverse to class counts
   int64_t eval_every = 0;          // steps; 0: about twenty times in the run
   int64_t checkpoint_every = 0;    // steps; 0: at every evaluation
+  int64_t shard_size = 0;          // most bytes of a file of tensors; 0: one file
   int64_t patience = 0;            // evaluations without improvement before stopping; 0: never
   // mcc | accuracy | auroc | loss: which model is best; "": mcc, of lm and mlm loss.
   std::string metric;

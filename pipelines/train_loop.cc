@@ -220,7 +220,7 @@ void Trainer::evaluate_now() {
     progress_.best_loss = loss;
     progress_.best_step = step_;
     progress_.stale = 0;
-    save_model(backend_, model_, options_.out);
+    save_model(backend_, model_, options_.out, options_.shard_size);
     write_file_atomically((fs::path(options_.out) / "README.md").string(),
                           model_card(options_, model_.config, facts(point)));
   } else {
@@ -261,7 +261,7 @@ void Trainer::save() {
                        {"finished", progress_.finished}};
   save_checkpoint(backend_, options_.out,
                   {.step = step_, .options = to_json(options_), .cursor = cursor.dump()}, model_,
-                  *optimizer_);
+                  *optimizer_, 2, options_.shard_size);
 }
 
 }  // namespace coil

@@ -40,7 +40,7 @@ constexpr std::string_view kLater[] = {
     "pool",      "widths",        "mlp",           "condition_dropout",
     "dt_rank",   "lengths",       "accumulate",    "chunk",
     "truncate",  "bidirectional", "strands",       "kmer",
-    "alphabet",  "mask_share",    "target_column"};
+    "alphabet",  "mask_share",    "target_column", "shard_size"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -98,6 +98,7 @@ void visit(Options& o, F f) {
   f("balance", o.balance, true);
   f("eval_every", o.eval_every, true);
   f("checkpoint_every", o.checkpoint_every, false);
+  f("shard_size", o.shard_size, false);
   f("patience", o.patience, true);
   f("metric", o.metric, true);
   f("seed", o.seed, true);
@@ -273,6 +274,7 @@ void check_ranges(const TrainOptions& o) {
   within("mutate", o.mutate, 0, 1);
   within("condition-dropout", o.condition_dropout, 0, 1);
   within("validation-fraction", o.validation_fraction, 0, 0.5);
+  within("shard-size", static_cast<double>(o.shard_size), 0, kAny);
   within("max-minutes", o.max_minutes, 0, kAny);
   within("trim", o.trim, 0, 200);
   within("rate", static_cast<double>(o.rate), 0, 1 << 24);

@@ -58,6 +58,48 @@ TEST(Calibrate, KeepsItsShareOfTheKnown) {
   }
 }
 
+// By class: of the pieces that go by a class's name its own share is kept. Pieces may overlap.
+TEST(Calibrate, ByClass) {
+  const auto backend = make_cpu_backend(1);
+  Model model = small_model(*backend, small_config(Objective::classify));
+  const OpenSource known = records({random_codes(9'000, 1)});
+  const CalibrateOptions options{.stream = {.batch = 512},
+                                 .lengths = {100},
+                                 .keep = 0.9,
+                                 .pieces = 300,
+                                 .overlap = 0.75,
+                                 .by_class = true};
+  const std::vector<Calibration> rows = calibrate(*backend, model, known, {}, options);
+  ASSERT_EQ(rows.size(), 1u);
+  EXPECT_NEAR(static_cast<double>(rows[0].known), 300, 5);
+  ASSERT_EQ(rows[0].by_class.size(), model.config.labels.size());
+  const auto count = [&](double least) {
+    std::vector<int64_t> called(model.config.labels.size() + 1);  // the last: unknown
+    const StreamOptions stream{.window = 100, .stride = 30, .batch = 512};
+    const auto source = known();
+    classify(*backend, model, *source, {.stream = stream, .files = {}, .min_probability = least},
+             [&](const Answer& answer) {
+               if (answer.end - answer.begin != 100) return;
+               ++(answer.label < 0 ? called.back() : called[answer.label]);
+             });
+    return called;
+  };
+  const std::vector<int64_t> before = count(0);
+  model.config.unknown = {{100, rows[0].threshold, rows[0].by_class}};
+  const std::vector<int64_t> after = count(-1);
+  int different = 0;
+  for (size_t c = 0; c + 1 < before.size(); ++c) {
+    if (before[c] < 20) {
+      EXPECT_EQ(rows[0].by_class[c], rows[0].threshold);
+      continue;
+    }
+    different += rows[0].by_class[c] != rows[0].threshold;
+    EXPECT_EQ(before[c] - after[c], static_cast<int64_t>(std::floor(0.1 * before[c] + 1e-9)));
+  }
+  EXPECT_GE(different, 1);
+  EXPECT_NEAR(1 - static_cast<double>(after.back()) / rows[0].known, rows[0].kept, 1e-12);
+}
+
 TEST(Calibrate, WithoutUnknownAndWithoutEnough) {
   const auto backend = make_cpu_backend(1);
   const Model model = small_model(*backend, small_config(Objective::classify));

@@ -39,12 +39,12 @@ class CheckpointTest : public testing::Test {
         for (float& x : param.tensor->span<float>()) x = value += 0.01f;
     optimizer_->steps = 10 * step;
   }
-  void save(int64_t step, int keep = 2) {
+  void save(int64_t step, int keep = 2, int64_t shard_bytes = 0) {
     set_values(step);
     save_checkpoint(
         *backend_, folder_.string(),
         {.step = step, .options = R"({"lr": 0.1})", .cursor = "cursor " + std::to_string(step)},
-        model_, *optimizer_, keep);
+        model_, *optimizer_, keep, shard_bytes);
   }
   // Loads into fresh objects and expects exactly what set_values(step) made.
   void expect_step(int64_t step) {
@@ -99,6 +99,26 @@ TEST_F(CheckpointTest, RoundTripIsBitEqual) {
   EXPECT_NE(load_error().find("no checkpoint in"), std::string::npos);
   save(7);
   expect_step(7);
+}
+
+// No file is longer than it may be; what is read is the same, and a later save in one file too.
+TEST_F(CheckpointTest, Shards) {
+  constexpr int64_t kMost = 4000;
+  save(7, 2, kMost);
+  expect_step(7);
+  int weights = 0, moments = 0;
+  for (const auto& entry : fs::directory_iterator(train_ / "step-7")) {
+    const std::string name = entry.path().filename().string();
+    if (!name.ends_with(".safetensors")) continue;
+    EXPECT_LE(entry.file_size(), static_cast<uintmax_t>(kMost)) << name;
+    weights += name.starts_with("model-");
+    moments += name.starts_with("optimizer-");
+  }
+  EXPECT_GT(weights, 1);
+  EXPECT_GT(moments, weights);
+  save(8);
+  expect_step(8);
+  EXPECT_TRUE(fs::exists(train_ / "step-8" / "optimizer.safetensors"));
 }
 
 TEST_F(CheckpointTest, KeepsTheNewest) {

@@ -210,13 +210,18 @@ TEST(Classify, WindowsPairsAndFiles) {
 
 TEST(Classify, UnknownBelowTheThreshold) {
   Config config = small_config(Objective::classify);
-  EXPECT_EQ(unknown_threshold(config, 100), 0);
+  EXPECT_EQ(unknown_threshold(config, 100, 0), 0);
   config.unknown = {{100, 0.4}, {10'000, 0.8}};
-  EXPECT_DOUBLE_EQ(unknown_threshold(config, 1), 0.4);
-  EXPECT_DOUBLE_EQ(unknown_threshold(config, 100), 0.4);
-  EXPECT_NEAR(unknown_threshold(config, 1000), 0.6, 1e-12);
-  EXPECT_DOUBLE_EQ(unknown_threshold(config, 10'000), 0.8);
-  EXPECT_DOUBLE_EQ(unknown_threshold(config, 1'000'000), 0.8);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 1, 0), 0.4);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 100, 0), 0.4);
+  EXPECT_NEAR(unknown_threshold(config, 1000, 0), 0.6, 1e-12);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 10'000, 0), 0.8);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 1'000'000, 0), 0.8);
+  config.unknown[1].by_class = {0.2, 1.0};  // of the class that is called
+  EXPECT_NEAR(unknown_threshold(config, 1000, 0), 0.3, 1e-12);
+  EXPECT_NEAR(unknown_threshold(config, 1000, 1), 0.7, 1e-12);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 100, 1), 0.4);
+  EXPECT_DOUBLE_EQ(unknown_threshold(config, 20'000, 1), 1.0);
 
   const auto backend = make_cpu_backend(1);
   config.unknown = {{50, 0.0}, {51, 1.0}};

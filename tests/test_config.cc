@@ -281,6 +281,8 @@ TEST(Config, ValuesThatCannotBeAreRefused) {
       R"("coil": {"objective": "generate"})", R"("coil": {"pooling": 7})",
       R"("coil": {"unknown": {}})", R"("coil": {"unknown": [3]})",
       R"("coil": {"unknown": [{"length": 5}]})",
+      R"("coil": {"unknown": [{"length": 5, "probability": 0.1, "by_class": 0.1}]})",
+      R"("coil": {"unknown": [{"length": 5, "probability": 0.1, "by_class": [0.1, 2]}]})",
       R"("coil": {"unknown": [{"length": 5, "probability": 0.1}, {"length": 5, "probability": 0.1}]})",
       // Fine one by one, but the product passes 2^63 and would wrap.
       R"("hidden_size": 2147483647, "intermediate_size": 2147483647, "state_size": 2147483647, "vocab_size": 2147483647,
@@ -319,7 +321,7 @@ TEST_F(ModelFolder, RoundTrip) {
   config.pooling = Pooling::last;
   config.labels = {"E. coli", "S. aureus", "other"};
   config.alphabet = "dna";
-  config.unknown = {{0, 0.9}, {1000, 0.75}};
+  config.unknown = {{0, 0.9}, {1000, 0.75, {0.25, 0.5, 0.75}}};
   write_config(config, folder_);
   const Config back = read_config(folder_);
   EXPECT_EQ(to_json(back), to_json(config));
@@ -331,8 +333,13 @@ TEST_F(ModelFolder, RoundTrip) {
   ASSERT_EQ(back.unknown.size(), 2u);
   EXPECT_EQ(back.unknown[1].length, 1000);
   EXPECT_EQ(back.unknown[1].probability, 0.75);
+  EXPECT_TRUE(back.unknown[0].by_class.empty());
+  EXPECT_EQ(back.unknown[1].by_class, (std::vector<double>{0.25, 0.5, 0.75}));
   EXPECT_NE(to_json(config).find("\"layer_norm_epsilon\": 1e-05"), std::string::npos)
       << to_json(config);
+  config.unknown[1].by_class.pop_back();  // a number for each label, or none
+  write_config(config, folder_);
+  EXPECT_THROW(read_config(folder_), Error);
 }
 
 TEST_F(ModelFolder, MaskedLanguageModelRoundTrip) {
