@@ -109,7 +109,13 @@ std::string objective_text(const Config& config) {
 
 std::string front_end_text(const Config& config) {
   if (config.letters()) return fmt::format(" · letters {}", config.alphabet);
-  if (config.audio.rate == 0) return config.alphabet.empty() ? "" : " · " + config.alphabet;
+  if (config.audio.rate == 0) {
+    std::string text = config.alphabet.empty() ? "" : " · " + config.alphabet;
+    if (config.kmer > 1) text += fmt::format(" by {}-mers", config.kmer);
+    if (config.bidirectional) text += ", from both ends";
+    if (config.equivariant) text += ", both strands as one";
+    return text;
+  }
   std::string text = fmt::format(
       " · audio at {} Hz, {}", with_commas(config.audio.rate),
       config.audio.codes == SampleCodes::pcm16 ? "16 bits, 2 steps a sample" : "8-bit mu-law");

@@ -119,11 +119,14 @@ std::string mixers_text(const std::vector<LayerConfig>& layers) {  // one name w
 
 std::string network_text(const Config& config) {
   const std::string mlp = config.mlp > 0 ? fmt::format(", MLP {}", config.mlp) : "";
+  std::string reading = config.bidirectional ? ", both ends" : "";
+  if (config.equivariant) reading += ", both strands";
+  if (config.kmer > 1) reading += fmt::format(", {}-mers", config.kmer);
   if (config.inner.empty()) {
     const bool own = config.model_type == "coil";
-    return fmt::format("{}{}, d {}, n {}{}", counted(all_layers(config), "layer"),
+    return fmt::format("{}{}, d {}, n {}{}{}", counted(all_layers(config), "layer"),
                        own ? fmt::format(" ({})", mixers_text(config.layers)) : "", config.d,
-                       config.n, mlp);
+                       config.n, mlp, reading);
   }
   std::string layers, widths, pool;
   for (Config stage = config;; stage = inner_config(stage)) {

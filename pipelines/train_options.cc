@@ -22,12 +22,14 @@ struct Preset {
   int64_t d, layers;
   double lr;
   int64_t batch_tokens;
-  bool unet = false;  // of S4D
+  bool unet = false;           // of S4D
+  bool bidirectional = false;  // and what suits some ten thousand short rows
 };
 constexpr Preset kPresets[] = {
     {"dna-tiny", false, Objective::classify, 64, 2, 6e-3, 8192},
     {"dna-small", false, Objective::classify, 128, 4, 4e-3, 8192},
     {"dna-base", false, Objective::classify, 256, 8, 2e-3, 8192},
+    {"dna-short", false, Objective::classify, 128, 4, 2e-3, 8192, false, true},
     {"audio-tiny", true, Objective::lm, 64, 2, 6e-3, 16'384},
     {"audio-small", true, Objective::lm, 128, 4, 4e-3, 32'768},
     {"audio-base", true, Objective::lm, 64, 8, 4e-3, 65'536, true},
@@ -127,6 +129,11 @@ void apply_preset(const std::string& name, TrainOptions& options) {
     options.d = preset.d;
     options.layers = preset.layers;
     options.lr = preset.lr;
+    if (preset.bidirectional) {
+      options.bidirectional = true;
+      options.epochs = 10;
+      options.weight_decay = 0.3;
+    }
     if (preset.unet) {
       options.topology = "unet";
       options.mixers = "s4d";

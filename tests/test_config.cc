@@ -93,7 +93,7 @@ TEST(Config, RefusalsNameFileKeyExpectedAndFound) {
   EXPECT_EQ(with(R"(, "coil": {"objective": "classify", "heads": 2})"),
             "m/config.json: coil.\"heads\": expected one of objective, pooling, alphabet, audio, "
             "condition, condition_dropout, unknown, mixers, s4d, topology, unet, mlp, mask_share, "
-            "target_column; the model needs a newer Coil");
+            "target_column, kmer, bidirectional, strands; the model needs a newer Coil");
   EXPECT_EQ(with(R"(, "coil": {"alphabet": "ABCA"})"),
             "m/config.json: coil.alphabet: letter 'A' stands twice");
   EXPECT_EQ(with(R"(, "coil": {"alphabet": "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrs"})"),
@@ -361,6 +361,50 @@ TEST_F(ModelFolder, MaskedLanguageModelRoundTrip) {
   EXPECT_EQ(to_json(back), to_json(config));
   EXPECT_EQ(back.target_column, "answer");
   EXPECT_FALSE(back.letters());
+}
+
+TEST_F(ModelFolder, BothEndsStrandsAndKmersRoundTrip) {
+  Config config = small_with("");
+  config.model_type = "coil";
+  config.bidirectional = config.equivariant = true;
+  config.objective = Objective::mlm;
+  config.alphabet = "dna";
+  config.kmer = 3;
+  config.vocab = 16 + 64;
+  config.tie = false;
+  write_config(config, folder_);
+  const Config back = read_config(folder_);
+  EXPECT_EQ(to_json(back), to_json(config));
+  EXPECT_TRUE(back.bidirectional && back.equivariant);
+  EXPECT_EQ(back.kmer, 3);
+  EXPECT_EQ(back.predicted(), 16);
+
+  const auto refused = [&](auto change) {
+    Config other = config;
+    change(other);
+    write_config(other, folder_);
+    try {
+      read_config(folder_);
+    } catch (const Error& error) {
+      const std::string text = error.what();
+      return text.substr(text.find(": ") + 2);
+    }
+    return std::string("nothing");
+  };
+  EXPECT_EQ(refused([](Config& c) { c.objective = Objective::lm; }),
+            "bidirectional: a causal language model would see what it predicts; expected objective "
+            "mlm or classify");
+  EXPECT_EQ(refused([](Config& c) {
+              c.objective = Objective::lm;
+              c.bidirectional = false;
+            }),
+            "strands equivariant: expected objective mlm or classify, found lm");
+  EXPECT_EQ(refused([](Config& c) { c.layers[0].mixer = MixerKind::s4d; }).substr(0, 47),
+            "bidirectional: expected a stack of mamba1, foun");
+  EXPECT_EQ(refused([](Config& c) { c.vocab = 16; }),
+            "kmer 3: expected alphabet dna and vocab_size 80, found 'dna' and 16");
+  EXPECT_EQ(refused([](Config& c) { c.tie = true; }),
+            "kmer: expected tie_word_embeddings false: k-mers are read, not put out");
 }
 
 TEST(Alphabet, Faults) {

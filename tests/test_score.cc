@@ -3,8 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <charconv>
 #include <cmath>
-#include <cstdlib>
 #include <numbers>
 #include <sstream>
 #include <tuple>
@@ -110,16 +110,25 @@ TEST(Score, ChunkedIsOneShotAndTheSumOfItsBases) {
     std::vector<double> bits(records.size());
     int64_t record = 0, last = -1;
     size_t lines = 0;
-    for (size_t begin = 0; begin < scored.text.size(); lines++) {
-      char* end = nullptr;
-      const int64_t number = std::strtoll(scored.text.c_str() + begin + 1, &end, 10);
-      const int64_t position = std::strtoll(end, &end, 10);
+    const char* at = scored.text.data();
+    const char* const text_end = at + scored.text.size();
+    const auto read = [&](auto& value) {  // from the letter or tab before it on
+      const auto [end, error] = std::from_chars(at + 1, text_end, value);
+      ASSERT_EQ(error, std::errc());
+      at = end;
+    };
+    for (; at < text_end; lines++, at++) {
+      int64_t number = 0, position = 0, next = 0;
+      double value = 0;
+      read(number);
+      read(position);
+      read(next);
+      read(value);
       EXPECT_TRUE(number > record || (number == record && position > last));  // in input order
       record = number, last = position;
-      EXPECT_EQ(std::strtoll(end, &end, 10), position + 1);
+      EXPECT_EQ(next, position + 1);
       EXPECT_NE(records[number][position], dna::kN);
-      bits[number] += std::strtod(end, &end);
-      begin = end - scored.text.c_str() + 1;
+      bits[number] += value;
     }
     double counted = 0;
     for (size_t i = 0; i < records.size(); i++) {
