@@ -91,6 +91,25 @@ std::string lengths_text(const std::vector<std::pair<int64_t, double>>& stages) 
   return text;
 }
 
+// 0.01, or 0:0.1: from, to.
+void parse_mutate(const std::string& text, TrainOptions& o) {
+  const auto number = [&](const std::string& part) {
+    size_t end = 0;
+    double value = -1;
+    try {
+      value = std::stod(part, &end);
+    } catch (const std::logic_error&) {
+    }
+    if (end == 0 || end != part.size())
+      throw UsageError(
+          fmt::format("--mutate '{}': expected a share such as 0.01, or two: 0:0.1", text));
+    return value;
+  };
+  const size_t colon = std::min(text.find(':'), text.size());
+  o.mutate = number(text.substr(0, colon));
+  o.mutate_to = colon < text.size() ? number(text.substr(colon + 1)) : 0;
+}
+
 template <class E>
 po::typed_value<std::string>* choice(E& member, std::vector<std::pair<std::string, E>> names,
                                      const std::string& option) {
@@ -210,8 +229,14 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("validation-tokens", size(o.validation_tokens),
        "validation set thinned to this; 0: all of it")  //
       ("no-reverse-complement", flag(no_reverse_complement),
-       "the strand matters: no such augmentation")                                   //
-      ("mutate", option(o.mutate, "SHARE"), "augmentation: substitutions per base")  //
+       "the strand matters: no such augmentation")  //
+      ("mutate",
+       po::value<std::string>()
+           ->default_value(o.mutate_to > o.mutate ? fmt::format("{}:{}", o.mutate, o.mutate_to)
+                                                  : fmt::format("{}", o.mutate))
+           ->notifier([&o](const std::string& given) { parse_mutate(given, o); })
+           ->value_name("SHARE"),
+       "augmentation: substitutions per base; 0:0.1: each sequence with a share between these")  //
       ("balance", flag(o.balance), "weigh classes inversely to their counts");
   steps.add_options()                                                               //
       ("epochs", option(o.epochs, "NUMBER"), "passes over the data")                //

@@ -299,9 +299,11 @@ void Batches::add(Batch& batch, const Example& item, Draws& draws) const {
   const auto from = all_.codes[item.record].begin() + item.begin;
   std::vector<uint8_t> codes(from - context, from + item.length);
   if (options_.reverse_complement && (random.next() & 1)) dna::reverse_complement(codes);
-  if (options_.mutate > 0) {
+  double rate = options_.mutate;
+  if (options_.mutate_to > rate) rate += (options_.mutate_to - rate) * random.uniform();
+  if (rate > 0) {
     for (uint8_t& code : codes) {
-      if (random.uniform() >= options_.mutate || code < dna::kA || code > dna::kT) continue;
+      if (random.uniform() >= rate || code < dna::kA || code > dna::kT) continue;
       code = static_cast<uint8_t>(dna::kA +
                                   (code - dna::kA + 1 + random.below(3)) % 4);  // another base
     }

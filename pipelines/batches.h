@@ -60,10 +60,10 @@ struct BatchOptions {
   // Windows: the longest of so many epochs, then of the next; 0: to the end. Empty: max_length.
   std::vector<std::pair<int64_t, double>> lengths = {};
   bool reverse_complement = true;
-  bool pairs = false;  // every sequence, and behind it its reverse complement
-  double mutate = 0;
-  double condition_dropout = 0;  // share of examples without their label
-  Masking masking = {};          // mlm; share 0: targets are those of the data
+  bool pairs = false;                // every sequence, and behind it its reverse complement
+  double mutate = 0, mutate_to = 0;  // substitutions per base, see TrainOptions
+  double condition_dropout = 0;      // share of examples without their label
+  Masking masking = {};              // mlm; share 0: targets are those of the data
   uint64_t seed = 1;
   FrontEnd front = {};
 };

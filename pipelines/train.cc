@@ -201,6 +201,7 @@ void Trainer::begin() {
                                              .reverse_complement = options_.reverse_complement,
                                              .pairs = config.equivariant && !lm(),
                                              .mutate = options_.mutate,
+                                             .mutate_to = options_.mutate_to,
                                              .condition_dropout = config.condition_dropout,
                                              .masking = masking_of(config),
                                              .seed = options_.seed,

@@ -66,12 +66,14 @@ struct TrainOptions {
   double lr = 4e-3, min_lr = 0.05 /* of lr, end of the cosine */, warmup = 0.05 /* of all steps */;
   double weight_decay = 0.1, clip = 1.0;
   bool reverse_complement = true;  // augmentation, and both strands averaged in evaluation
-  double mutate = 0;               // substitution rate, augmentation
-  bool balance = false;            // class weights inverse to class counts
-  int64_t eval_every = 0;          // steps; 0: about twenty times in the run
-  int64_t checkpoint_every = 0;    // steps; 0: at every evaluation
-  int64_t shard_size = 0;          // most bytes of a file of tensors; 0: one file
-  int64_t patience = 0;            // evaluations without improvement before stopping; 0: never
+  // Augmentation: substitutions per base; up to mutate_to, where that is more, drawn anew, evenly,
+  // for each sequence.
+  double mutate = 0, mutate_to = 0;
+  bool balance = false;          // class weights inverse to class counts
+  int64_t eval_every = 0;        // steps; 0: about twenty times in the run
+  int64_t checkpoint_every = 0;  // steps; 0: at every evaluation
+  int64_t shard_size = 0;        // most bytes of a file of tensors; 0: one file
+  int64_t patience = 0;          // evaluations without improvement before stopping; 0: never
   // mcc | accuracy | auroc | loss: which model is best; "": mcc, of lm and mlm loss.
   std::string metric;
   std::string log;  // JSON lines; empty: OUT/train/log.jsonl

@@ -42,7 +42,8 @@ constexpr std::string_view kLater[] = {
     "pool",      "widths",        "mlp",           "condition_dropout",
     "dt_rank",   "lengths",       "accumulate",    "chunk",
     "truncate",  "bidirectional", "strands",       "kmer",
-    "alphabet",  "mask_share",    "target_column", "shard_size"};
+    "alphabet",  "mask_share",    "target_column", "shard_size",
+    "mutate_to"};
 
 // The one list of what is stored: f(key, member, whether another value on resume is refused).
 template <class Options, class F>
@@ -97,6 +98,7 @@ void visit(Options& o, F f) {
   f("clip", o.clip, true);
   f("reverse_complement", o.reverse_complement, true);
   f("mutate", o.mutate, true);
+  f("mutate_to", o.mutate_to, true);
   f("balance", o.balance, true);
   f("eval_every", o.eval_every, true);
   f("checkpoint_every", o.checkpoint_every, false);
@@ -191,7 +193,7 @@ void check_audio(const TrainOptions& o) {
   };
   parse_codes(o.codes);
   if (o.audio) {
-    refuse(o.mutate > 0, "mutate");
+    refuse(std::max(o.mutate, o.mutate_to) > 0, "mutate");
     refuse(!o.table.empty(), "table");
     refuse(o.strands != "average", "strands");
     refuse(o.kmer > 1, "kmer");
@@ -226,7 +228,8 @@ void check_letters(const TrainOptions& o) {
   if (o.alphabet.empty()) return;
   const std::string fault = alphabet_fault(o.alphabet);
   if (!fault.empty()) throw UsageError(fmt::format("--alphabet: {}", fault));
-  if (o.mutate > 0) throw UsageError("--mutate is for DNA, not for the letters of --alphabet");
+  if (std::max(o.mutate, o.mutate_to) > 0)
+    throw UsageError("--mutate is for DNA, not for the letters of --alphabet");
   if (!o.table.empty()) throw UsageError("--table is for FASTA, --alphabet for CSV and TSV");
 }
 
@@ -279,6 +282,7 @@ void check_ranges(const TrainOptions& o) {
   within("weight-decay", o.weight_decay, 0, kAny);
   within("clip", o.clip, 0, kAny);
   within("mutate", o.mutate, 0, 1);
+  within("mutate", o.mutate_to, 0, 1);
   within("condition-dropout", o.condition_dropout, 0, 1);
   within("validation-fraction", o.validation_fraction, 0, 0.5);
   within("shard-size", static_cast<double>(o.shard_size), 0, kAny);
