@@ -209,10 +209,12 @@ std::string text_of(const InfoOptions& options, const Config& config,
     text += fmt::format("{:<12}  {:>9}  {}\n", name, bytes_text(bytes), note);
   };
   if (request.train) {
-    const bool cut = steps_of(request) < request.length;
-    text += fmt::format(
-        "\nmemory to train on {}{}\n", of,
-        cut ? fmt::format(", {} at a time", with_commas(steps_of(request))) : std::string());
+    const bool longer = steps_of(request) < request.length;
+    const bool by_layer = longer && config.trains_whole(), cut = longer && !by_layer;
+    text += fmt::format("\nmemory to train on {}{}\n", of,
+                        cut        ? fmt::format(", {} at a time", with_commas(steps_of(request)))
+                        : by_layer ? std::string(", layer by layer")
+                                   : std::string());
     line("weights", plan.weights, "f32");
     line("gradients", plan.gradients, "f32");
     line("moments", plan.moments, "f32, two of AdamW");
@@ -228,12 +230,17 @@ std::string text_of(const InfoOptions& options, const Config& config,
              : fmt::format("grow with length, of {} at a time",
                            counted(request.sequences, "sequence")));
   } else {
-    text += fmt::format("\nmemory to read {}, {} at a time\n", of, with_commas(steps_of(request)));
+    const bool whole = config.bidirectional;
+    text +=
+        fmt::format("\nmemory to read {}, {}\n", of,
+                    whole ? "whole" : fmt::format("{} at a time", with_commas(steps_of(request))));
     line("weights", plan.weights, request.matrices == DType::bf16 ? "matrices bf16" : "f32");
-    line("state", plan.state,
-         fmt::format("{} a sequence, whatever its length",
-                     bytes_text(plan.state / request.sequences)));
-    line("activations", plan.activations, "grow with batch × chunk, not with length");
+    if (!whole)
+      line("state", plan.state,
+           fmt::format("{} a sequence, whatever its length",
+                       bytes_text(plan.state / request.sequences)));
+    line("activations", plan.activations,
+         whole ? "grow with batch × length" : "grow with batch × chunk, not with length");
   }
   if (plan.workspace > 0) line("workspace", plan.workspace, "of matrix products");
   line("total", plan.total(), "besides program, libraries and input buffers");

@@ -257,6 +257,9 @@ std::unique_ptr<Source> open_sounds(const Config& config, const InputOptions& op
 }
 
 void settle_strands(const Config& config, bool defaulted, std::string& strands) {
+  if (config.equivariant && strands != "both")
+    throw UsageError(
+        fmt::format("--strands {}: the model is equivariant, the mean of both strands", strands));
   const bool targets = !config.target_column.empty();  // of the strand given
   if (config.audio.rate == 0 && !config.letters() && !targets) return;
   if (!defaulted && strands != "forward")

@@ -108,6 +108,9 @@ void parse_mutate(const std::string& text, TrainOptions& o) {
   const size_t colon = std::min(text.find(':'), text.size());
   o.mutate = number(text.substr(0, colon));
   o.mutate_to = colon < text.size() ? number(text.substr(colon + 1)) : 0;
+  if (colon < text.size() && o.mutate_to <= o.mutate)
+    throw UsageError(
+        fmt::format("--mutate '{}': expected the lower share first, as in 0:0.1", text));
 }
 
 template <class E>
@@ -391,6 +394,13 @@ int run_train(int argc, char** argv) {
       options.codes = codes;
       if (given.values["trim"].defaulted()) options.trim = config.audio.trim;
     }
+    if (!given.values["preset"].defaulted() && preset.bidirectional != config.bidirectional)
+      throw UsageError(fmt::format("--preset {}: '{}' is {} both ends", options.preset,
+                                   options.from, config.bidirectional ? "of" : "not of"),
+                       "leave --preset out: the network is that of --from");
+    if (given.values["strands"].defaulted() && config.equivariant &&
+        options.objective == Objective::classify)
+      options.strands = "equivariant";
     same("s4d-states", options.s4d_states, config.s4d_states);
     for (const char* name :
          {"mixers", "s4d-init", "topology", "pool", "widths", "mlp", "bidirectional", "kmer"})

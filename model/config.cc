@@ -407,9 +407,11 @@ void check_directions(const Config& config, const std::string& where) {
           where);
   }
   if (!config.equivariant) return;
+  check(config.inner.empty(), "{}: strands equivariant: expected a stack, found a U-Net", where);
   check(config.audio.rate == 0, "{}: strands: audio has none", where);
-  check(config.objective != Objective::lm,
-        "{}: strands equivariant: expected objective mlm or classify, found lm", where);
+  check(config.objective == Objective::classify,
+        "{}: strands equivariant: expected objective classify, found {}", where,
+        name_of(config.objective));
 }
 
 Config parse_config(const std::string& text, const std::string& where) {

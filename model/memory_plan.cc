@@ -32,9 +32,9 @@ void train(Backend& backend, const Model& model, const Rows& rows, Model& grad, 
   };
   const bool lm = model.config.objective != Objective::classify;
   const Tensor total(backend, DType::f64, {1});
-  add_loss(backend, model, repeated(rows.total()), rows,
-           repeated(lm ? rows.total() : rows.finished()), {}, total, &grad, nullptr, 1,
-           {.chunk = chunk});
+  const int64_t answers = model.config.equivariant ? rows.finished() / 2 : rows.finished();
+  add_loss(backend, model, repeated(rows.total()), rows, repeated(lm ? rows.total() : answers), {},
+           total, &grad, nullptr, 1, {.chunk = chunk});
 }
 
 // What is kept behind so many chunks of a sequence.
@@ -94,6 +94,7 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
         length -= (chunks - kRun) * request.chunk;
       }
     }
+    if (config.equivariant) sequences *= 2;  // each with its reverse complement
     backend.restart_peak();
     train(backend, rounded ? *rounded : model, Rows::equal(backend, sequences, length), grad,
           request.chunk);
@@ -107,7 +108,7 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
           {.begin = i * steps, .length = steps, .from = whole ? -1 : i, .to = whole ? -1 : i});
     const Rows rows(backend, std::move(pieces));
     State state(backend, config, static_cast<int32_t>(request.sequences));
-    plan.state = held() - plan.weights;
+    plan.state = whole ? 0 : held() - plan.weights;
     before = held();
     infer(backend, model, rows, state);
   }

@@ -11,9 +11,10 @@ void run_stream(Backend& backend, const Model& model, Source& source, const Stre
   const bool chosen_here = chosen.batch <= 0;
   if (chosen_here)
     chosen.batch = fitting_batch(backend, model.config, model.embedding.view().dtype, chosen.note);
-  if (model.config.bidirectional)
-    chosen.whole = longest_whole(backend, model.config, model.embedding.view().dtype);
   Workers workers(backend);
+  if (model.config.bidirectional)  // each worker may have a record of its own
+    chosen.whole =
+        longest_whole(backend, model.config, model.embedding.view().dtype) / workers.count();
   Stream stream(source, chosen, workers.count(), FrontEnd(model.config));
   State state(backend, model.config, stream.slots() + Parts::kSpare * workers.count());
   Parts parts(stream, chosen_here && chosen.whole == 0, chosen.note);

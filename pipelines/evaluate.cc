@@ -165,7 +165,7 @@ class Evaluator {
   }
 
   bool halve(int64_t rows) {
-    if (!may_halve_ || rows / 2 < kFewestRows || batch_.size() == 1) return false;
+    if (!may_halve_ || rows / 2 < kFewestRows || (whole_ > 0 && batch_.size() == 1)) return false;
     backend_.release_kept();
     options_.batch_tokens = rows / 2;
     if (options_.note)

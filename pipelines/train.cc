@@ -91,11 +91,13 @@ Config Trainer::network() const {
   return config;
 }
 
-// Letters of its own are the model's that is begun from. Only DNA has another strand, and targets
-// are those of the one given.
-void Trainer::settle_alphabet() {
+// How a network reads, and letters of its own, are those of the model that is begun from. Only DNA
+// has another strand, and targets are those of the one given.
+void Trainer::settle_from() {
   if (!options_.from.empty() && !options_.audio) {
     const Config config = read_config(options_.from);
+    options_.bidirectional = config.bidirectional;
+    options_.kmer = config.kmer;
     const std::string theirs = config.letters() ? config.alphabet : "";
     if (options_.alphabet.empty()) options_.alphabet = theirs;
     check(options_.alphabet == theirs, "--alphabet {}: '{}' has the alphabet '{}'",
@@ -184,7 +186,7 @@ void Trainer::resolve() {
 }
 
 void Trainer::begin() {
-  settle_alphabet();
+  settle_from();
   check_ranges(options_);
   check_folder();
   settle_lengths();
@@ -216,8 +218,6 @@ void Trainer::begin() {
   if (!options_.from.empty()) {
     options_.mixers = mixer_names(config);
     options_.topology = config.inner.empty() ? "stack" : "unet";
-    options_.bidirectional = config.bidirectional;
-    options_.kmer = config.kmer;
   }
   model_ = make_model(backend_, config, options_.seed);
   grad_ = zeros_like(backend_, model_);

@@ -230,6 +230,7 @@ void check_letters(const TrainOptions& o) {
   if (!fault.empty()) throw UsageError(fmt::format("--alphabet: {}", fault));
   if (std::max(o.mutate, o.mutate_to) > 0)
     throw UsageError("--mutate is for DNA, not for the letters of --alphabet");
+  if (o.kmer > 1) throw UsageError("--kmer is for DNA, not for the letters of --alphabet");
   if (!o.table.empty()) throw UsageError("--table is for FASTA, --alphabet for CSV and TSV");
 }
 
@@ -237,16 +238,20 @@ void check_letters(const TrainOptions& o) {
 void check_directions(const TrainOptions& o) {
   if (o.strands != "average" && o.strands != "equivariant")
     throw UsageError(fmt::format("--strands '{}': expected average or equivariant", o.strands));
-  if (o.objective == Objective::lm && (o.bidirectional || o.strands == "equivariant"))
-    throw UsageError(fmt::format("--{}: a causal language model would see what it predicts",
-                                 o.bidirectional ? "bidirectional" : "strands equivariant"),
+  if (o.objective == Objective::lm && o.bidirectional)
+    throw UsageError("--bidirectional: a causal language model would see what it predicts",
                      "--objective mlm");
+  if (o.strands == "equivariant" && !(o.alphabet.empty() && o.target_column.empty()))
+    throw UsageError(fmt::format("--strands equivariant: {} no other strand",
+                                 o.alphabet.empty() ? "targets have" : "letters have"));
+  if (o.strands == "equivariant" && o.objective != Objective::classify)
+    throw UsageError(
+        "--strands equivariant is for a classifier",
+        "a language model is trained on either strand; --from makes a classifier of it");
   if (o.strands == "equivariant" && !o.reverse_complement)
     throw UsageError(
         "--strands equivariant: both strands are one, --no-reverse-complement says "
         "that they differ");
-  if (o.strands == "equivariant" && !o.alphabet.empty())
-    throw UsageError("--strands equivariant: --alphabet has no strands");
   if (o.truncate && (o.bidirectional || o.strands == "equivariant"))
     throw UsageError("--truncate: sequences are read whole");
 }

@@ -78,7 +78,7 @@ class Trainer {
   void read_data();
   Config network() const;
   void settle_lengths();
-  void settle_alphabet();
+  void settle_from();
   void resolve();
   int64_t longest() const;
   void settle_chunk(const Config& config);

@@ -367,7 +367,8 @@ TEST_F(ModelFolder, BothEndsStrandsAndKmersRoundTrip) {
   Config config = small_with("");
   config.model_type = "coil";
   config.bidirectional = config.equivariant = true;
-  config.objective = Objective::mlm;
+  config.objective = Objective::classify;
+  config.labels = {"a", "b"};
   config.alphabet = "dna";
   config.kmer = 3;
   config.vocab = 16 + 64;
@@ -394,11 +395,8 @@ TEST_F(ModelFolder, BothEndsStrandsAndKmersRoundTrip) {
   EXPECT_EQ(refused([](Config& c) { c.objective = Objective::lm; }),
             "bidirectional: a causal language model would see what it predicts; expected objective "
             "mlm or classify");
-  EXPECT_EQ(refused([](Config& c) {
-              c.objective = Objective::lm;
-              c.bidirectional = false;
-            }),
-            "strands equivariant: expected objective mlm or classify, found lm");
+  EXPECT_EQ(refused([](Config& c) { c.objective = Objective::mlm; }),
+            "strands equivariant: expected objective classify, found mlm");
   EXPECT_EQ(refused([](Config& c) { c.layers[0].mixer = MixerKind::s4d; }).substr(0, 47),
             "bidirectional: expected a stack of mamba1, foun");
   EXPECT_EQ(refused([](Config& c) { c.vocab = 16; }),
