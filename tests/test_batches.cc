@@ -5,6 +5,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include <map>
 #include <set>
 
@@ -179,6 +181,21 @@ TEST(Batches, Augmentation) {
     EXPECT_TRUE(batch.ids[i] >= dna::kA && batch.ids[i] <= dna::kT);
   }
   EXPECT_NEAR(changed / 20'000.0, 0.1, 0.01);
+
+  // Between two shares: another one for each sequence.
+  Batches between(all, all.items,
+                  {.batch_tokens = 20'000, .reverse_complement = false, .mutate_to = 0.2});
+  std::vector<double> shares;
+  for (int step = 1; step <= 40; ++step) {
+    const Batch drawn = between.draw(step);
+    int others = 0;
+    for (size_t i = 0; i < forward.size(); ++i) others += drawn.ids[i] != forward[i];
+    shares.push_back(others / 20'000.0);
+  }
+  const auto [least, most] = std::ranges::minmax(shares);
+  EXPECT_LT(least, 0.03);
+  EXPECT_GT(most, 0.17);
+  EXPECT_LT(most, 0.21);
 }
 
 TEST(Batches, TargetsOfALanguageModel) {

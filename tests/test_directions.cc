@@ -9,6 +9,7 @@
 #include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/loss.h"
+#include "model/memory_plan.h"
 #include "pipelines/classify.h"
 #include "pipelines/evaluate.h"
 #include "tests/model_testing.h"
@@ -101,6 +102,21 @@ TEST_P(Directions, GradientsLayerByLayerAreThoseOfTheWhole) {
                   5 * kSameAnswer)
             << a[i].info.name << ", chunk " << cut.chunk;
     }
+  }
+}
+
+// And it is one layer that is held at a time: the plan runs the code.
+TEST(LayerByLayer, TakesTheMemoryOfOneLayer) {
+  for (const bool bidirectional : {true, false}) {
+    Config config = config_of({"", bidirectional, !bidirectional, Pooling::mean, 0});
+    config.layers.resize(12);
+    const MemoryRequest whole{.length = 20'000, .train = true};
+    MemoryRequest cut = whole;
+    cut.chunk = 1000;
+    const int64_t all = plan_memory(config, whole).activations;
+    const int64_t one = plan_memory(config, cut).activations;
+    EXPECT_LT(one, all / 4) << bidirectional;
+    EXPECT_GT(one, all / 30) << bidirectional;
   }
 }
 
