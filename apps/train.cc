@@ -351,6 +351,10 @@ int run_train(int argc, char** argv) {
   if (options.data.empty()) throw UsageError("no data to train on");
   if (!given.values["condition-dropout"].defaulted() && !options.condition)
     throw UsageError("--condition-dropout is for a conditional model", "--condition");
+  if (!given.values["mask-share"].defaulted() &&
+      (options.objective != Objective::mlm || !options.target_column.empty()))
+    throw UsageError("--mask-share is for a masked language model",
+                     options.target_column.empty() ? "--objective mlm" : "without --target-column");
   if (!options.lengths.empty() && options.lengths.back().second > 0 && !options.resume)
     for (const char* name : {"epochs", "steps"})
       if (!given.values[name].defaulted())
