@@ -254,6 +254,12 @@ std::string json_of(const InfoOptions& options, const Config& config,
   json["model_type"] = config.model_type;
   json["objective"] = name_of(config.objective);
   json["alphabet"] = config.alphabet;
+  if (config.kmer > 1) json["kmer"] = config.kmer;
+  if (config.bidirectional) json["bidirectional"] = true;
+  if (config.equivariant) json["strands"] = "equivariant";
+  if (config.objective == Objective::mlm && config.target_column.empty())
+    json["mask_share"] = config.mask_share;
+  if (!config.target_column.empty()) json["target_column"] = config.target_column;
   if (config.audio.rate > 0) {
     json["audio"] = {{"rate", config.audio.rate},
                      {"codes", config.audio.codes == SampleCodes::pcm16 ? "pcm16" : "mulaw"},

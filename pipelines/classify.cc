@@ -5,6 +5,7 @@
 
 #include "kernels/error.h"
 #include "pipelines/engine.h"
+#include "pipelines/evaluate.h"
 
 namespace coil {
 namespace {
@@ -19,14 +20,6 @@ std::vector<float> logits_of(Backend& backend, const Model& model, Stream::Batch
   std::vector<std::byte> kept;
   const View host = on_host(backend, logits, kept);
   return {host.as<float>(), host.as<float>() + host.count()};
-}
-
-std::vector<double> softmax(std::vector<double> values) {
-  const double top = *std::max_element(values.begin(), values.end());
-  double sum = 0;
-  for (double& value : values) sum += value = std::exp(value - top);
-  for (double& value : values) value /= sum;
-  return values;
 }
 
 // The mean over the units that share an answer.
@@ -47,7 +40,7 @@ class Average {
     weight_ += length;
     std::vector<double> values = unit.values;  // mean over the strands
     for (double& value : values) value /= unit.strands;
-    if (config_.equivariant) values = softmax(std::move(values));
+    if (config_.equivariant) softmax(values);
     for (size_t i = 0; i < sum_.size(); i++) sum_[i] += length * values[i];
     answer_.end += options_.per == AnswerPer::unit ? 0 : unit.fresh;
   }
@@ -137,7 +130,7 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
     for (size_t i = 0; i < batch.pieces.size(); i++) {
       if (!batch.pieces[i].last) continue;
       std::vector<double> of_strand(row, row + classes);
-      if (!model.config.equivariant) of_strand = softmax(std::move(of_strand));
+      if (!model.config.equivariant) softmax(of_strand);
       std::vector<double>& values = batch.units[i]->values;
       values.resize(classes);
       for (size_t k = 0; k < classes; k++) values[k] += of_strand[k];

@@ -94,7 +94,8 @@ class Evaluator {
       return std::move(result_);
     }
     if (model_.config.equivariant)
-      for (size_t i = 0; i < items_.size(); ++i) softmax(&result_.probabilities[i * classes_]);
+      for (size_t i = 0; i < items_.size(); ++i)
+        softmax(std::span(result_.probabilities).subspan(i * classes_, classes_));
     std::vector<int32_t> truth;
     for (const Example& item : items_) truth.push_back(item.label);
     result_.metrics = measure(truth, result_.probabilities, classes_);
@@ -239,17 +240,10 @@ class Evaluator {
   void add_probabilities(View logits, int64_t row_index, int64_t item) {
     const float* row = logits.row<float>(row_index);
     std::vector<double> values(row, row + classes_);
-    if (!model_.config.equivariant) softmax(values.data());  // else of the mean of the logits
+    if (!model_.config.equivariant) softmax(values);  // else of the mean of the logits
     const double share = options_.both_strands ? 0.5 : 1.0;
     for (int64_t k = 0; k < classes_; ++k)
       result_.probabilities[item * classes_ + k] += share * values[k];
-  }
-
-  void softmax(double* values) const {
-    const double top = *std::max_element(values, values + classes_);
-    double sum = 0;
-    for (int64_t k = 0; k < classes_; ++k) sum += values[k] = std::exp(values[k] - top);
-    for (int64_t k = 0; k < classes_; ++k) values[k] /= sum;
   }
 
   Backend& backend_;
@@ -272,6 +266,13 @@ class Evaluator {
 };
 
 }  // namespace
+
+void softmax(std::span<double> values) {
+  const double top = *std::max_element(values.begin(), values.end());
+  double sum = 0;
+  for (double& value : values) sum += value = std::exp(value - top);
+  for (double& value : values) value /= sum;
+}
 
 Metrics measure(std::span<const int32_t> truth, std::span<const double> probabilities,
                 int64_t classes) {

@@ -25,6 +25,8 @@ struct Metrics {
 Metrics measure(std::span<const int32_t> truth, std::span<const double> probabilities,
                 int64_t classes);
 
+void softmax(std::span<double> values);  // of logits, in place
+
 struct EvaluateOptions {
   int64_t batch_tokens = 0;  // rows at once, 0: auto_batch; longer items are read in pieces
   bool both_strands = true;  // DNA only. classify: probabilities averaged; else log-likelihoods
