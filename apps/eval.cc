@@ -10,6 +10,7 @@
 #include "kernels/error.h"
 #include "pipelines/batches.h"
 #include "pipelines/evaluate.h"
+#include "pipelines/front_end.h"
 
 namespace coil {
 namespace {
@@ -51,17 +52,13 @@ po::options_description describe(EvalOptions& o) {
   return options;
 }
 
-const char* unit_of(const Config& config) {
-  return config.audio.rate > 0 ? "sample" : config.letters() ? "letter" : "base";
-}
-
 json number(double value) { return std::isfinite(value) ? json(value) : json(nullptr); }
 
 std::string as_json(const Evaluation& evaluation, const Config& config) {
   const Metrics& m = evaluation.metrics;
   json out = {{"count", m.count}, {"loss", number(m.loss)}};
   if (config.objective != Objective::classify) {
-    out[fmt::format("bits_per_{}", unit_of(config))] = number(evaluation.bits_per_base);
+    out[fmt::format("bits_per_{}", FrontEnd(config).unit())] = number(evaluation.bits_per_base);
     if (config.objective == Objective::mlm) out["accuracy"] = number(m.accuracy);
     return out.dump(2) + "\n";
   }
@@ -83,7 +80,7 @@ std::string as_json(const Evaluation& evaluation, const Config& config) {
 
 std::string as_table(const Evaluation& evaluation, const Config& config) {
   const Metrics& m = evaluation.metrics;
-  const std::string unit = unit_of(config);
+  const std::string unit = FrontEnd(config).unit();
   if (config.objective == Objective::lm)
     return fmt::format("{1:<{0}}{2}\n{3:<{0}}{4:.4f}\n{5:<{0}}{6:.4f}\n", unit.size() + 11,
                        unit + "s", m.count, "bits per " + unit, evaluation.bits_per_base,

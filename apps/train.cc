@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <iostream>
+#include <optional>
 #include <sstream>
 
 #include "apps/command.h"
@@ -61,6 +62,18 @@ std::string chunk_text(int64_t chunk) {
   return chunk == TrainOptions::kAutoChunk ? "auto" : fmt::format("{}", fmt::streamed(Size{chunk}));
 }
 
+// A whole text that is a number.
+std::optional<double> number_in(const std::string& text) {
+  size_t end = 0;
+  double value = 0;
+  try {
+    value = std::stod(text, &end);
+  } catch (const std::logic_error&) {
+  }
+  if (end == 0 || end != text.size()) return {};
+  return value;
+}
+
 // 1k:2,4k:2,16k: lengths and epochs; the last epochs may be left out.
 std::vector<std::pair<int64_t, double>> parse_lengths(const std::string& text) {
   std::vector<std::pair<int64_t, double>> stages;
@@ -69,12 +82,8 @@ std::vector<std::pair<int64_t, double>> parse_lengths(const std::string& text) {
     const size_t colon = std::min(stage.find(':'), stage.size());
     double epochs = 0;
     if (colon < stage.size()) {
-      size_t end = 0;
-      try {
-        epochs = std::stod(stage.substr(colon + 1), &end);
-      } catch (const std::logic_error&) {
-      }
-      if (end == 0 || colon + 1 + end != stage.size() || !(epochs > 0))
+      epochs = number_in(stage.substr(colon + 1)).value_or(0);
+      if (!(epochs > 0))
         throw UsageError(fmt::format(
             "--lengths '{}': expected epochs of more than 0 behind the colon, found '{}'", text,
             stage.substr(colon + 1)));
@@ -94,16 +103,11 @@ std::string lengths_text(const std::vector<std::pair<int64_t, double>>& stages) 
 // 0.01, or 0:0.1: from, to.
 void parse_mutate(const std::string& text, TrainOptions& o) {
   const auto number = [&](const std::string& part) {
-    size_t end = 0;
-    double value = -1;
-    try {
-      value = std::stod(part, &end);
-    } catch (const std::logic_error&) {
-    }
-    if (end == 0 || end != part.size())
+    const std::optional<double> value = number_in(part);
+    if (!value)
       throw UsageError(
           fmt::format("--mutate '{}': expected a share such as 0.01, or two: 0:0.1", text));
-    return value;
+    return *value;
   };
   const size_t colon = std::min(text.find(':'), text.size());
   o.mutate = number(text.substr(0, colon));

@@ -1,7 +1,6 @@
 #include "genomics/labelled.h"
 
 #include <algorithm>
-#include <array>
 #include <filesystem>
 #include <utility>
 
@@ -56,7 +55,7 @@ bool is_alignment(FileKind kind) {
 
 LabelledSource::LabelledSource(const std::vector<std::string>& paths,
                                const LabelledOptions& options, int64_t first)
-    : options_(options) {
+    : options_(options), code_of_(code_table(options.alphabet)) {
   for (const std::string& label : options_.known) index_of(label);
   if (options_.labelling != Labelling::none && !options_.table.empty()) read_label_table();
   for (const std::string& path : paths) list(path);
@@ -253,10 +252,9 @@ bool LabelledSource::next_row(Segment& segment) {
 }
 
 void LabelledSource::read_letters(const std::string& text, const std::string& where) {
-  const std::array<uint8_t, 256> code_of = code_table(options_.alphabet);
   codes_.reserve(text.size());
   for (const char letter : text) {
-    const uint8_t code = code_of[static_cast<uint8_t>(letter)];
+    const uint8_t code = code_of_[static_cast<uint8_t>(letter)];
     check(code != kUncounted, "{} has {} at place {}, which is no letter of the alphabet '{}'",
           where, dna::describe(letter), codes_.size() + 1, options_.alphabet);
     codes_.push_back(code);
@@ -268,12 +266,11 @@ void LabelledSource::read_targets(const std::string& text, const std::string& wh
   check(text.size() == codes_.size(), "{}: column '{}' has {} letters, the sequence {}", where,
         options_.target_column, text.size(), codes_.size());
   const bool dna = options_.alphabet.empty();
-  const std::array<uint8_t, 256> code_of = code_table(options_.alphabet);
   targets_.reserve(text.size());
   for (const char letter : text) {
     uint8_t code = kUncounted;
     if (letter != '.') {
-      code = dna ? dna::code_of(letter) : code_of[static_cast<uint8_t>(letter)];
+      code = dna ? dna::code_of(letter) : code_of_[static_cast<uint8_t>(letter)];
       check(code != kUncounted,
             "{}: column '{}' has {} at place {}, which is neither '.' nor a letter of the alphabet "
             "'{}'",

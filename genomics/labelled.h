@@ -3,6 +3,7 @@
 // of the folder.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 #include <unordered_map>
@@ -63,6 +64,7 @@ class LabelledSource final : public Source {
   void read_label_table();
 
   const LabelledOptions options_;
+  const std::array<uint8_t, 256> code_of_;  // of the alphabet's letters
   std::vector<File> files_;
   size_t file_ = 0;  // the one that is read
   std::unique_ptr<Source> source_;

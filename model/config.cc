@@ -399,7 +399,7 @@ void check_directions(const Config& config, const std::string& where) {
           where);
   }
   if (config.kmer > 1) {
-    const int64_t rows = Config::kLetters + (int64_t{1} << 2 * config.kmer);
+    const int64_t rows = Config::dna_vocabulary(config.kmer);
     check(config.alphabet == "dna" && config.vocab == rows,
           "{}: kmer {}: expected alphabet dna and vocab_size {}, found '{}' and {}", where,
           config.kmer, rows, config.alphabet, config.vocab);

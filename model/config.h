@@ -102,6 +102,9 @@ struct Config {
   // predicted is a base all the same; the head is not tied.
   int64_t kmer = 1;
   static constexpr int64_t kLetters = 16, kMaxKmer = 10;
+  static constexpr int64_t dna_vocabulary(int64_t kmer) {
+    return kLetters + (kmer > 1 ? int64_t{1} << 2 * kmer : 0);
+  }
   // Instead of an alphabet: recordings at a rate. Tokens: the codes of a sample (mulaw 0 … 255;
   // pcm16 0 … 255 coarse, 256 … 511 fine) and the begin token. Rows of logits are over the codes
   // alone. With `condition` an embedding of the recording's label is added to each step's.
@@ -145,6 +148,9 @@ void add_stages(Config& config, const std::string& pool, const std::string& widt
 // Of a network made here: a sixteenth of the width, up to whole words of memory. (Hugging Face's
 // "auto" is the sixteenth itself.)
 inline int64_t dt_rank_of(int64_t d) { return (d + 127) / 128 * 8; }
+
+// Rows of an embedding for so many tokens: aligned.
+inline int64_t vocabulary_of(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
 // What is wrong with letters as an alphabet: "letter 'A' twice"; empty: nothing.
 std::string alphabet_fault(const std::string& letters);

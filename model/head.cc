@@ -156,38 +156,31 @@ std::vector<int32_t> targets_in(const Softmax& softmax, View targets) {
   return inside;
 }
 
-View strand_of(const Tensor& pooled, int strand) {
+View strand_of(const Tensor& pooled, int strand, int strands) {
   const int64_t m = pooled.view().rows(), d = pooled.view().cols();
-  return pooled.view().reshape({m / 2, 2 * d}).columns(strand * d, d);
+  return pooled.view().reshape({m / strands, strands * d}).columns(strand * d, d);
 }
 
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
-                    State* state, Tensor* pooled, bool pairs) {
+                    State* state, Tensor* pooled, int strands) {
   const int64_t m = rows.finished();
-  COIL_ASSERT(!pairs || m % 2 == 0);
+  COIL_ASSERT(m % strands == 0);
   Tensor features(backend, DType::f32, {m, model.config.d});
   backend.run(Pool{.x = hidden,
                    .y = features,
                    .state = state ? state->pool.view() : View{},
                    .rows = &rows,
                    .pooling = model.config.pooling});
-  const auto classes = static_cast<int64_t>(model.config.labels.size());
-  Tensor logits(backend, DType::f32, {pairs ? m / 2 : m, classes});
-  const auto add = [&](const View& of, float share, bool first) {
-    backend.run(Gemm{.a = of,
+  Tensor logits(backend, DType::f32,
+                {m / strands, static_cast<int64_t>(model.config.labels.size())});
+  for (int strand = 0; m > 0 && strand < strands; ++strand)
+    backend.run(Gemm{.a = strand_of(features, strand, strands),
                      .b = model.score,
                      .c = logits,
-                     .bias = first ? model.score_bias.view() : View{},
+                     .bias = strand == 0 ? model.score_bias.view() : View{},
                      .tb = true,
-                     .alpha = share,
-                     .beta = first ? 0.0f : 1.0f});
-  };
-  if (pairs && m > 0) {
-    add(strand_of(features, 0), 0.5f, true);
-    add(strand_of(features, 1), 0.5f, false);
-  } else if (m > 0) {
-    add(features, 1, true);
-  }
+                     .alpha = 1.0f / static_cast<float>(strands),
+                     .beta = strand == 0 ? 0.0f : 1.0f});
   if (pooled) *pooled = std::move(features);
   return logits;
 }

@@ -49,13 +49,12 @@ Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, 
               Saved* saved = nullptr);
 // (t, config.predicted()) f32
 Tensor lm_logits(Backend& backend, const Model& model, View hidden);
-// (m, classes) f32 of the m sequences that end in rows; pooled: their (m, d). In `pairs`, a
-// sequence and its other strand one behind the other, they share an answer, the mean: (m / 2,
-// classes).
+// (m / strands, classes) f32 of the m sequences that end in rows; pooled: their (m, d). Of two
+// strands, one behind the other, the answer is shared: the mean.
 Tensor class_logits(Backend& backend, const Model& model, View hidden, const Rows& rows,
-                    State* state, Tensor* pooled = nullptr, bool pairs = false);
-// Sequence 2i (strand 0) or 2i + 1 (strand 1) of pairs: every other row.
-View strand_of(const Tensor& pooled, int strand);
+                    State* state, Tensor* pooled = nullptr, int strands = 1);
+// Rows strand, strand + strands, … of pooled.
+View strand_of(const Tensor& pooled, int strand, int strands);
 
 // The softmaxes over the logits of a language model: a target takes part in the one it stands in.
 // Of DNA one over all; of audio one over the codes of mu-law, or one over the coarse codes of 16

@@ -38,7 +38,7 @@ struct Common {  // what the parts of a batch share
   bool truncate;
 
   bool lm() const { return model.config.objective != Objective::classify; }  // or mlm
-  bool pairs() const { return !lm() && model.config.equivariant; }
+  int strands() const { return !lm() && model.config.equivariant ? 2 : 1; }  // of an answer
 };
 
 // Adds the losses to the total. Returns the logits' gradient: in their place unless the caller
@@ -169,18 +169,16 @@ class Part {
   // Pools h (t, d); the classes' loss once the sequences have ended.
   void classify(const Tensor& h, const Rows& rows, State* state) {
     Tensor pooled;   // (m, d)
-    Tensor logits =  // (m, classes), of pairs half as many
-        class_logits(backend_, model_, h, rows, state, &pooled, all_.pairs());
+    Tensor logits =  // (m / strands, classes)
+        class_logits(backend_, model_, h, rows, state, &pooled, all_.strands());
     if (rows.finished() == 0) return;
     dlogits_ = cross_entropy(all_, std::move(logits), targets_);
     Model* const grad = all_.grad;
     if (!grad) return;
-    if (all_.pairs()) {
-      for (const int strand : {0, 1})
-        add_weight_gradient(backend_, dlogits_, strand_of(pooled, strand), grad->score, 0.5);
-    } else {
-      add_weight_gradient(backend_, dlogits_, pooled, grad->score);
-    }
+    const int strands = all_.strands();
+    for (int strand = 0; strand < strands; ++strand)
+      add_weight_gradient(backend_, dlogits_, strand_of(pooled, strand, strands), grad->score,
+                          1.0f / static_cast<float>(strands));
     backend_.run(SumRows{.x = dlogits_, .out = grad->score_bias});
   }
 
@@ -196,12 +194,10 @@ class Part {
     const double share =
         mean ? static_cast<double>(length) / static_cast<double>(rows_.total()) : 1;
     const Tensor dpooled(backend_, DType::f32, {rows_.finished(), model_.config.d});
-    if (all_.pairs()) {
-      for (const int strand : {0, 1})
-        linear_backward(backend_, dlogits_, model_.score, strand_of(dpooled, strand), 0.5);
-    } else {
-      linear_backward(backend_, dlogits_, model_.score, dpooled, share);
-    }
+    const int strands = all_.strands();
+    for (int strand = 0; strand < strands; ++strand)
+      linear_backward(backend_, dlogits_, model_.score, strand_of(dpooled, strand, strands),
+                      share / strands);
     std::optional<Rows> alone;
     if (count_ > 1) alone.emplace(Rows::equal(backend_, 1, length));
     backend_.run(PoolBackward{
@@ -255,7 +251,7 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
   const int64_t t = rows.total(), chunk = cut.chunk > 0 ? cut.chunk : std::max<int64_t>(t, 1);
   const int64_t most = std::min(cut.rows > 0 ? cut.rows : t, chunk);
   const std::span<const Piece> sequences = rows.pieces();
-  const size_t unit = all.pairs() ? 2 : 1;  // sequences that stay together
+  const auto unit = static_cast<size_t>(all.strands());  // sequences that stay together
   COIL_ASSERT(sequences.size() % unit == 0);
   if (t <= most || (sequences.size() == unit && t <= chunk)) {
     Part(all, ids, targets, rows, chunk).add();

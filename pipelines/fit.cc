@@ -20,6 +20,12 @@ MemoryPlan plan_of(const Config& config, DType matrices, Device device, int64_t 
   return plan;
 }
 
+// Of what a device has room for, or of a CPU, whose room is not known, half of all there is.
+int64_t usable(int64_t room, Device device) {
+  if (room >= 0) return plannable(room, device);
+  return static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
+}
+
 }  // namespace
 
 int64_t plannable(int64_t room, Device device) {
@@ -46,28 +52,23 @@ int64_t fitting_batch(const Backend& backend, const Config& config, DType matric
 
 int64_t longest_whole(const Backend& backend, const Config& config, DType matrices) {
   constexpr int64_t kSteps = 1 << 16;  // what a step takes is measured over these
-  const int64_t room = backend.memory().room();
-  const int64_t usable =
-      room >= 0 ? plannable(room, backend.device())
-                : static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
+  const int64_t most = usable(backend.memory().room(), backend.device());
   const MemoryPlan plan = plan_of(config, matrices, backend.device(), kSteps);
-  return std::max<int64_t>(kFewestRows, usable / (plan.activations / kSteps + 1));
+  return std::max<int64_t>(kFewestRows, most / (plan.activations / kSteps + 1));
 }
 
 int64_t fitting_chunk(const Backend& backend, const Config& config, DType matrices, int64_t longest,
                       int64_t rows) {
   const Memory memory = backend.memory();
-  const int64_t usable =
-      memory.room() >= 0
-          ? plannable(memory.room() + memory.in_use, backend.device())
-          : static_cast<int64_t>(sysconf(_SC_PHYS_PAGES)) / 2 * sysconf(_SC_PAGESIZE);
+  const int64_t most =
+      usable(memory.room() >= 0 ? memory.room() + memory.in_use : -1, backend.device());
   const auto fits = [&](int64_t chunk) {
     return plan_memory(config, {.length = std::max(longest, chunk > 0 ? chunk : rows),
                                 .chunk = chunk,
                                 .matrices = matrices,
                                 .train = true,
                                 .device = backend.device()})
-               .total() <= usable;
+               .total() <= most;
   };
   if (fits(0)) return 0;
   int64_t chunk = rows;

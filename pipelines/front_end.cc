@@ -112,9 +112,7 @@ std::vector<float> FrontEnd::losses(Backend& backend, const Model& model, View h
 }
 
 int64_t audio_vocabulary(const Config& config) {
-  constexpr int64_t kAligned = 16;
-  const int64_t needed = config.predicted() + 1;  // and the begin token
-  return (needed + kAligned - 1) / kAligned * kAligned;
+  return vocabulary_of(config.predicted() + 1);  // and the begin token
 }
 
 void check_front_end(const Config& config, const std::string& where) {

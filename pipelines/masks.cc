@@ -56,10 +56,8 @@ std::vector<uint8_t> mask_evenly(const Masking& masking, std::vector<uint8_t>& c
 }
 
 int64_t letters_vocabulary(const Config& config) {
-  constexpr int64_t kAligned = 16;
   const auto letters = static_cast<int64_t>(config.alphabet.size());
-  const int64_t needed = letters + (masking_of(config).share > 0 ? 1 : 0);
-  return (needed + kAligned - 1) / kAligned * kAligned;
+  return vocabulary_of(letters + (masking_of(config).share > 0 ? 1 : 0));
 }
 
 }  // namespace coil

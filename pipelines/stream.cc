@@ -86,6 +86,14 @@ Stream::Unit& Stream::begin_unit(const Segment& segment) {
   return unit;
 }
 
+Stream::Sequence& Stream::begin_sequence(Unit& unit, bool reverse) {
+  Sequence& sequence = *active_.emplace_back(std::make_unique<Sequence>());
+  sequence.unit = &unit;
+  sequence.reverse = reverse;
+  sequence.kmers = front_.kmers();
+  return sequence;
+}
+
 // A unit that is complete in memory.
 void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
   const auto length = static_cast<int64_t>(codes.size());
@@ -93,19 +101,15 @@ void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
   promised_ += (front_.prefix() + length) * unit.strands;
   for (const bool reverse : {false, true}) {
     if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
-    auto sequence = std::make_unique<Sequence>();
-    sequence->unit = &unit;
-    sequence->kmers = front_.kmers();
-    sequence->reverse = reverse;
-    sequence->length = front_.prefix() + length;
-    sequence->base = front_.prefix();
+    Sequence& sequence = begin_sequence(unit, reverse);
+    sequence.length = front_.prefix() + length;
+    sequence.base = front_.prefix();
     if (reverse || options_.strands == Strands::forward) {
-      sequence->codes = std::move(codes);
+      sequence.codes = std::move(codes);
     } else {
-      sequence->codes = codes;
+      sequence.codes = codes;
     }
-    if (reverse) dna::reverse_complement(sequence->codes);
-    active_.push_back(std::move(sequence));
+    if (reverse) dna::reverse_complement(sequence.codes);
   }
 }
 
@@ -116,12 +120,7 @@ void Stream::end_open() {
   if (open_forward_) open_forward_->length = front_.prefix() + open_length_;
   for (const bool reverse : {false, true}) {
     if (!open_->spill || (!reverse && options_.strands == Strands::reverse)) continue;
-    auto sequence = std::make_unique<Sequence>();
-    sequence->unit = open_;
-    sequence->kmers = front_.kmers();
-    sequence->reverse = reverse;
-    sequence->length = open_length_;
-    active_.push_back(std::move(sequence));
+    begin_sequence(*open_, reverse).length = open_length_;
   }
   open_ = nullptr;
   open_forward_ = nullptr;
@@ -185,9 +184,7 @@ bool Stream::read() {
     if (options_.strands != Strands::forward) {
       open_->spill = std::make_unique<Spill>();
     } else {
-      open_forward_ = active_.emplace_back(std::make_unique<Sequence>()).get();
-      open_forward_->unit = open_;
-      open_forward_->kmers = front_.kmers();
+      open_forward_ = &begin_sequence(*open_, false);
       open_forward_->base = front_.prefix();
       promised_ += front_.prefix();
     }

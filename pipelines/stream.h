@@ -104,6 +104,7 @@ class Stream {
   bool read();
   bool cut_window();
   Unit& begin_unit(const Segment& segment);
+  Sequence& begin_sequence(Unit& unit, bool reverse);
   void hold(Unit& unit, std::vector<uint8_t> codes);
   void end_open();
   int64_t prepare(Sequence& sequence, int64_t want);

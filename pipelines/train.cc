@@ -9,7 +9,6 @@
 #include <limits>
 #include <nlohmann/json.hpp>
 
-#include "genomics/alphabet.h"
 #include "kernels/error.h"
 #include "model/checkpoint.h"
 #include "model/memory_plan.h"
@@ -56,7 +55,7 @@ Config Trainer::network() const {
   Config config;
   if (!options_.from.empty()) {
     config = read_config(options_.from);
-    const int64_t tokens = config.kmer > 1 ? config.vocab : dna::kVocab;
+    const int64_t tokens = Config::dna_vocabulary(config.kmer);
     if (!options_.audio && options_.alphabet.empty())
       check(config.alphabet == "dna" && config.vocab == tokens,
             "'{}': its alphabet is '{}' with {} tokens, expected 'dna' with {}", options_.from,
@@ -81,7 +80,7 @@ Config Trainer::network() const {
     const int64_t vocab = letters_vocabulary(config);
     config.vocab = options_.from.empty() ? vocab : std::max(config.vocab, vocab);
   } else {
-    config.vocab = dna::kVocab + (config.kmer > 1 ? int64_t{1} << 2 * config.kmer : 0);
+    config.vocab = Config::dna_vocabulary(config.kmer);
     config.alphabet = "dna";
     config.equivariant = options_.strands == "equivariant";
     if (config.equivariant) config.model_type = "coil";
