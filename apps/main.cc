@@ -1,5 +1,6 @@
 // coil COMMAND …: the table of commands and the one try/catch. Results go to stdout, everything
-// else to stderr. Exit status: 0, 1 for an error in data, files or machine, 2 for bad usage.
+// else to stderr. Exit status: 0, 1 for an error in data, files or machine, 2 for bad usage; of a
+// training that ended early, what pipelines/train.h says.
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <unistd.h>

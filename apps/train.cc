@@ -281,7 +281,7 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("metric", option(o.metric, "NAME"),
        "mcc | accuracy | auroc | loss: which model is best; default mcc, lm: loss")  //
       ("max-minutes", option(o.max_minutes, "NUMBER"),
-       "stop after this, with an evaluation and a checkpoint; 0: no limit")  //
+       "stop after this, with an evaluation, a checkpoint and status 124; 0: no limit")  //
       ("log", option(o.log, "FILE"), "JSON lines; default MODEL/train/log.jsonl");
   all.add(network).add(data).add(steps).add(run);
   return all;

@@ -113,8 +113,10 @@ struct TrainHooks {
 // add up. A longer sequence is a part of its own.
 int64_t training_rows(Device device);
 
-// Returns the exit status: 0, or 128 + signal after an interruption (checkpoint written). A loss
-// that is not finite or explodes throws, naming the step; the last good checkpoint stays.
+// Returns the exit status: 0 where the run is finished; where --resume would go on (checkpoint
+// written) kTimeEnded, as timeout(1) has it, or 128 + signal. A loss that is not finite or explodes
+// throws, naming the step; the last good checkpoint stays.
+constexpr int kTimeEnded = 124;
 int train(Backend& backend, TrainOptions options, const TrainHooks& hooks = {});
 
 }  // namespace coil

@@ -50,7 +50,12 @@ int Trainer::loop() {
     const bool patience_ends = options_.patience > 0 && progress_.stale >= options_.patience;
     progress_.finished = last || patience_ends;
     if (due || signal != 0 || step_ % options_.checkpoint_every == 0) save();
-    if (signal != 0) return signal;
+    if (signal != 0) {
+      say(fmt::format("stopped by {} at step {}; to go on: coil train --resume -o {}",
+                      signal == 2 ? "Ctrl-C" : fmt::format("signal {}", signal), step_,
+                      options_.out));
+      return 128 + signal;
+    }
     if (patience_ends && !last)
       say(fmt::format("no improvement in {} evaluations: stopped", options_.patience));
     if (late && !last)
@@ -70,7 +75,7 @@ int Trainer::loop() {
   else if (progress_.best_step >= 0)
     say(fmt::format("best {} {:.4f} at step {}: {}", options_.metric, progress_.best_metric,
                     progress_.best_step, options_.out));
-  return 0;
+  return progress_.finished ? 0 : kTimeEnded;
 }
 
 std::string Trainer::memory_hint() const {

@@ -40,14 +40,7 @@ class Trainer {
       say("this run is finished already");
       return 0;
     }
-    const int signal = loop();
-    if (signal != 0) {
-      say(fmt::format("stopped by {} at step {}; to go on: coil train --resume -o {}",
-                      signal == 2 ? "Ctrl-C" : fmt::format("signal {}", signal), step_,
-                      options_.out));
-      return 128 + signal;
-    }
-    return 0;
+    return loop();
   }
 
   // What would fit, after memory ran out.

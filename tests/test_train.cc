@@ -497,7 +497,7 @@ TEST_F(Train, BalanceWeighsTheRareClass) {
 TEST_F(Train, TimeLimitAndPatience) {
   TrainOptions options = small(motif_csv("train.csv", 300, 1), "timed");
   options.max_minutes = 1e-9;
-  EXPECT_EQ(run(options), 0);
+  EXPECT_EQ(run(options), kTimeEnded);
   EXPECT_EQ(peek_checkpoint(at("timed")).step, 1);
   EXPECT_TRUE(fs::exists(folder_ / "timed" / "model.safetensors"));
   options.max_minutes = 0;  // may differ
