@@ -57,7 +57,7 @@ json number(double value) { return std::isfinite(value) ? json(value) : json(nul
 std::string as_json(const Evaluation& evaluation, const Config& config) {
   const Metrics& m = evaluation.metrics;
   json out = {{"count", m.count}, {"loss", number(m.loss)}};
-  if (config.objective != Objective::classify) {
+  if (config.language()) {
     out[fmt::format("bits_per_{}", FrontEnd(config).unit())] = number(evaluation.bits_per_base);
     if (config.objective == Objective::mlm) out["accuracy"] = number(m.accuracy);
     return out.dump(2) + "\n";

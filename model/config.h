@@ -39,6 +39,8 @@ constexpr size_t kMaxInner = 8;
 // masked, or which a table's column of targets names.
 enum class Objective : uint8_t { lm, classify, mlm };
 const char* name_of(Objective objective);
+// Tokens are told, not classes.
+constexpr bool is_language(Objective objective) { return objective != Objective::classify; }
 
 struct Config {
   std::string model_type = "mamba";
@@ -85,6 +87,7 @@ struct Config {
   int64_t mlp =
       0;  // mlp: inner width of the MLP behind each mixer, in widths of its layer; 0: none
   Objective objective = Objective::lm;
+  bool language() const { return is_language(objective); }  // lm or mlm
   int64_t s4d_states = 32;          // s4d.states: complex, each of a conjugate pair, a channel
   S4dInit s4d_init = S4dInit::lin;  // s4d.init: initialisation only, as time_step_min and _max
   Pooling pooling = Pooling::mean;  // classify

@@ -37,14 +37,14 @@ struct Common {  // what the parts of a batch share
   float scale;  // of the gradient of the sum
   bool truncate;
 
-  bool lm() const { return model.config.objective != Objective::classify; }  // or mlm
-  int strands() const { return !lm() && model.config.equivariant ? 2 : 1; }  // of an answer
+  bool language() const { return model.config.language(); }
+  int strands() const { return !language() && model.config.equivariant ? 2 : 1; }  // of an answer
 };
 
 // Adds the losses to the total. Returns the logits' gradient: in their place unless the caller
 // wants them, or products want another type.
 Tensor cross_entropy(const Common& all, Tensor logits, View targets) {
-  const DType act = all.lm() ? activations(all.backend, all.model.backbone) : DType::f32;
+  const DType act = all.language() ? activations(all.backend, all.model.backbone) : DType::f32;
   const bool in_place = !all.logits && act == DType::f32;
   Tensor dlogits;
   if (all.grad && !in_place)
@@ -54,8 +54,9 @@ Tensor cross_entropy(const Common& all, Tensor logits, View targets) {
   const auto columns = [](const View& of, const Softmax& part) {
     return of ? of.columns(part.begin, part.count) : of;
   };
-  const std::vector<Softmax> parts =
-      all.lm() ? softmaxes(all.model.config) : std::vector<Softmax>{{0, logits.view().cols()}};
+  const std::vector<Softmax> parts = all.language()
+                                         ? softmaxes(all.model.config)
+                                         : std::vector<Softmax>{{0, logits.view().cols()}};
   for (const Softmax& part : parts) {
     std::vector<int32_t> inside;
     View own = targets;
@@ -95,7 +96,7 @@ class Part {
   void add() {
     // Where no gradient comes back from a later chunk, each is done with when its turn comes.
     const bool mean = model_.config.pooling == Pooling::mean;
-    const bool once = !all_.grad || (all_.truncate && (all_.lm() || !mean));
+    const bool once = !all_.grad || (all_.truncate && (all_.language() || !mean));
     if (count_ > 1) {
       state_.emplace(backend_, model_.config, 2);
       if (!once) {
@@ -106,7 +107,7 @@ class Part {
     }
     for (int64_t i = 0; i < count_; ++i) {
       const bool last = i + 1 == count_;
-      compute(i, last || (once && all_.lm()));
+      compute(i, last || (once && all_.language()));
       if (!last && !once) copy_slot(backend_, *state_, to(i), *kept_, i);
     }
     if (once) return;
@@ -139,7 +140,7 @@ class Part {
     Model* const grad = all_.grad;
     Tensor h = hidden(backend_, model_, ids, rows, state, grad && whole ? &saved : nullptr);
     Tensor dh;  // (t, d)
-    if (all_.lm()) {
+    if (all_.language()) {
       if (whole) dh = next_token(std::move(h), targets_.slice(begin, length));
     } else {
       if (!dlogits_) classify(h, rows, state);
@@ -270,9 +271,9 @@ double add_loss(Backend& backend, const Model& model, View ids, const Rows& rows
       }
     }
     const int64_t first = sequences[begin].begin;
-    const View own = all.lm() ? targets.slice(first, length)
-                              : targets.slice(static_cast<int64_t>(begin / unit),
-                                              static_cast<int64_t>((end - begin) / unit));
+    const View own = all.language() ? targets.slice(first, length)
+                                    : targets.slice(static_cast<int64_t>(begin / unit),
+                                                    static_cast<int64_t>((end - begin) / unit));
     const Rows part(backend, std::move(pieces));
     Part(all, ids.slice(first, length), own, part, chunk).add();
   }

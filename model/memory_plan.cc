@@ -16,7 +16,7 @@ namespace {
 void infer(Backend& backend, const Model& model, const Rows& rows, State& state) {
   const Tensor ids(backend, DType::i32, {rows.total()});
   const Tensor h = hidden(backend, model, ids, rows, &state);
-  if (model.config.objective != Objective::classify)
+  if (model.config.language())
     lm_logits(backend, model, h);
   else
     class_logits(backend, model, h, rows, &state);
@@ -30,11 +30,12 @@ void train(Backend& backend, const Model& model, const Rows& rows, Model& grad, 
     view.stride[0] = 0;
     return view;
   };
-  const bool lm = model.config.objective != Objective::classify;
+  const bool language = model.config.language();
   const Tensor total(backend, DType::f64, {1});
   const int64_t answers = model.config.equivariant ? rows.finished() / 2 : rows.finished();
-  add_loss(backend, model, repeated(rows.total()), rows, repeated(lm ? rows.total() : answers), {},
-           total, &grad, nullptr, 1, {.chunk = chunk});
+  add_loss(backend, model, repeated(rows.total()), rows,
+           repeated(language ? rows.total() : answers), {}, total, &grad, nullptr, 1,
+           {.chunk = chunk});
 }
 
 // What is kept behind so many chunks of a sequence.

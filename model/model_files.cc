@@ -71,7 +71,7 @@ Model load_model(Backend& backend, const std::string& folder, DType matrices) {
     set_values(backend, param, values);
     taken.insert(*name);
   }
-  if (model.config.objective != Objective::classify && model.config.tie) {
+  if (model.config.language() && model.config.tie) {
     check_tied_head(reader, folder);
     taken.insert(kHead);
   }

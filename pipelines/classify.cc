@@ -104,7 +104,7 @@ double unknown_threshold(const Config& config, int64_t length, int32_t label) {
 }
 
 void check_classifier(const Config& config, const std::string& where) {
-  if (config.objective != Objective::classify) {
+  if (config.language()) {
     const bool masked = config.objective == Objective::mlm;
     throw Error(fmt::format("{}: is a {}language model, expected a classifier", where,
                             masked ? "masked " : ""),

@@ -59,7 +59,7 @@ class Evaluator {
         items_(items),
         options_(options),
         front_(model.config),
-        lm_(model.config.objective != Objective::classify),
+        language_(model.config.language()),
         mlm_(model.config.objective == Objective::mlm),
         masking_(masking_of(model.config)),
         classes_(static_cast<int64_t>(model.config.labels.size())) {
@@ -69,20 +69,19 @@ class Evaluator {
           fitting_batch(backend, model.config, model.embedding.view().dtype, options_.note);
     }
     if (!front_.dna() || !all.targets.empty()) options_.both_strands = false;
-    if (model.config.equivariant && model.config.objective == Objective::classify)
-      options_.both_strands = true;
+    if (model.config.equivariant && !model.config.language()) options_.both_strands = true;
     if (model.config.bidirectional)
       whole_ = longest_whole(backend, model.config, model.embedding.view().dtype);
   }
 
   Evaluation run() {
-    if (!lm_) result_.probabilities.assign(items_.size() * classes_, 0.0);
+    if (!language_) result_.probabilities.assign(items_.size() * classes_, 0.0);
     for (size_t i = 0; i < items_.size(); ++i) {
       for (int strand = 0; strand < (options_.both_strands ? 2 : 1); ++strand)
         add({static_cast<int64_t>(i), strand == 1});
     }
     flush();
-    if (lm_) {
+    if (language_) {
       result_.metrics.count = counted_ / (front_.step() * (options_.both_strands ? 2 : 1));
       result_.metrics.loss =
           counted_ ? nats_ / (static_cast<double>(counted_) / static_cast<double>(front_.step()))
@@ -178,7 +177,7 @@ class Evaluator {
     const Rows rows(backend_, std::move(pieces_));
     const Tensor h =  // (t, d)
         hidden(backend_, model_, host_view(ids_.data(), DType::i32, {rows.total()}), rows, nullptr);
-    if (lm_) {
+    if (language_) {
       add_likelihood(h, targets_);
     } else {
       std::vector<std::byte> kept;
@@ -219,7 +218,7 @@ class Evaluator {
                   int64_t item) {
     const Rows rows(backend_, {piece});
     const Tensor h = hidden(backend_, model_, ids, rows, &state);  // (t, d)
-    if (lm_) {
+    if (language_) {
       add_likelihood(h, targets);
     } else {
       const Tensor logits = class_logits(backend_, model_, h, rows, &state);  // (m, classes)
@@ -252,7 +251,7 @@ class Evaluator {
   std::span<const Example> items_;
   EvaluateOptions options_;
   FrontEnd front_;
-  bool lm_, mlm_;  // lm_: of either kind
+  bool language_, mlm_;  // mlm_: masked
   Masking masking_;
   bool may_halve_ = false;
   int64_t classes_;

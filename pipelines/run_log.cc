@@ -142,7 +142,7 @@ std::string network_text(const Config& config) {
 }
 
 std::string model_card(const TrainOptions& options, const Config& config, const CardFacts& facts) {
-  const bool lm = config.objective != Objective::classify;
+  const bool language = config.language();
   const Metrics& m = facts.best.validation.metrics;
   std::string card = "# A Coil model\n\n";
   const bool audio = config.audio.rate > 0;
@@ -157,7 +157,7 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
                           what, unit, 100 * config.mask_share)
             : fmt::format("Reads {} and puts out column '{}', {} by {}.\n", what,
                           config.target_column, unit, unit);
-  } else if (lm) {
+  } else if (language) {
     card +=
         fmt::format("A language model of {}: predicts each {} from those before it.\n", what, unit);
   } else {
@@ -192,10 +192,10 @@ std::string model_card(const TrainOptions& options, const Config& config, const 
   card += fmt::format("| this model | step {} of {}, {} |\n", facts.best.step, facts.best.steps,
                       validated ? fmt::format("best validation {}", facts.metric)
                                 : "the last; there was no validation set");
-  if (m.count > 0 && lm)
+  if (m.count > 0 && language)
     card += fmt::format("| validation | {:.4f} bits per {} |\n",
                         facts.best.validation.bits_per_base, unit);
-  if (m.count > 0 && !lm)
+  if (m.count > 0 && !language)
     card += fmt::format("| validation | accuracy {:.4f}, MCC {:.4f}, AUROC {:.4f}, loss {:.4f} |\n",
                         m.accuracy, m.mcc, m.auroc, m.loss);
   if (validated)

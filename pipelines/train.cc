@@ -137,7 +137,7 @@ int64_t Trainer::longest() const {
   int64_t most = options_.max_length * step;
   if (most == 0)
     for (const Example& item : data_.parts.train) most = std::max(most, item.length);
-  return most + front_.prefix() + (front_.audio() && lm() ? step : 0);
+  return most + front_.prefix() + (front_.audio() && language() ? step : 0);
 }
 
 // A run that is gone on with keeps what it began with.
@@ -161,14 +161,14 @@ void Trainer::settle_chunk(const Config& config) {
 // What "0: automatic" stands for is settled once and recorded.
 void Trainer::resolve() {
   options_.threads = backend_.threads();
-  if (options_.metric.empty()) options_.metric = lm() ? "loss" : "mcc";
+  if (options_.metric.empty()) options_.metric = language() ? "loss" : "mcc";
   const bool known = options_.metric == "loss" ||
                      (options_.objective == Objective::mlm && options_.metric == "accuracy") ||
-                     (!lm() && (options_.metric == "mcc" || options_.metric == "accuracy" ||
-                                options_.metric == "auroc"));
+                     (!language() && (options_.metric == "mcc" || options_.metric == "accuracy" ||
+                                      options_.metric == "auroc"));
   if (!known)
     throw UsageError(fmt::format("--metric {}: expected {}", options_.metric,
-                                 !lm() ? "mcc, accuracy, auroc or loss"
+                                 !language() ? "mcc, accuracy, auroc or loss"
                                  : options_.objective == Objective::lm ? "loss"
                                                                        : "accuracy or loss"));
   if (options_.steps == 0) {
@@ -200,7 +200,7 @@ void Trainer::begin() {
                                              .max_length = options_.max_length,
                                              .lengths = options_.lengths,
                                              .reverse_complement = options_.reverse_complement,
-                                             .pairs = config.equivariant && !lm(),
+                                             .pairs = config.equivariant && !language(),
                                              .mutate = options_.mutate,
                                              .mutate_to = options_.mutate_to,
                                              .condition_dropout = config.condition_dropout,
@@ -244,7 +244,8 @@ void Trainer::begin() {
                   counted(parameters(config), "parameter"), counted(options_.steps, "step"),
                   counted(options_.batch_tokens * options_.accumulate, "token"), options_.lr,
                   counted(options_.threads, "thread")));
-  if (options_.balance && !lm() && options_.max_length == 0) {  // windows: classes are drawn evenly
+  // Of windows the classes are drawn evenly.
+  if (options_.balance && !language() && options_.max_length == 0) {
     std::vector<double> counts(data_.all.labels.size(), 0);
     for (const Example& item : data_.parts.train) counts[item.label] += 1;
     for (const double count : counts)

@@ -165,8 +165,8 @@ void Trainer::settle(size_t left) {
     const double* const numbers = report.numbers->wait().as<double>();
     const double sum = numbers[0], norm = std::sqrt(numbers[1]);
     const double mean = report.weight > 0 ? sum / report.weight : 0;
-    const int64_t choices = !lm() ? std::max<int64_t>(2, data_.all.labels.size())
-                                  : softmaxes(model_.config).front().count;
+    const int64_t choices = !language() ? std::max<int64_t>(2, data_.all.labels.size())
+                                        : softmaxes(model_.config).front().count;
     const double guess = std::log(static_cast<double>(choices));
     if (!std::isfinite(mean) || mean > kExploded * guess)
       exploded(report.step, fmt::format("the loss is {:g}", mean));

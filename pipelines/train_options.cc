@@ -245,7 +245,7 @@ void check_directions(const TrainOptions& o) {
   if (o.strands == "equivariant" && !(o.alphabet.empty() && o.target_column.empty()))
     throw UsageError(fmt::format("--strands equivariant: {} no other strand",
                                  o.alphabet.empty() ? "targets have" : "letters have"));
-  if (o.strands == "equivariant" && o.objective != Objective::classify)
+  if (o.strands == "equivariant" && is_language(o.objective))
     throw UsageError(
         "--strands equivariant is for a classifier",
         "a language model is trained on either strand; --from makes a classifier of it");

@@ -51,8 +51,8 @@ class Trainer {
     if (hooks_.line) hooks_.line(text);
   }
   int interrupted() const { return hooks_.interrupted ? hooks_.interrupted() : 0; }
-  bool lm() const { return options_.objective != Objective::classify; }  // or mlm
-  int64_t bases(std::span<const Example> items) const {                  // or samples
+  bool language() const { return is_language(options_.objective); }
+  int64_t bases(std::span<const Example> items) const {  // or samples
     int64_t total = 0;
     for (const Example& item : items) total += item.length;
     return total / front_.step();
@@ -61,7 +61,7 @@ class Trainer {
   double mean_loss() const {
     const double of_codes =
         progress_.loss_weight > 0 ? progress_.loss_sum / progress_.loss_weight : 0;
-    return lm() ? of_codes * static_cast<double>(front_.step()) : of_codes;
+    return language() ? of_codes * static_cast<double>(front_.step()) : of_codes;
   }
   // What forward and backward read: the weights, or their copy in bf16.
   const Model& computing() const { return rounded_ ? *rounded_ : model_; }

@@ -159,8 +159,7 @@ SampleCodes parse_codes(const std::string& name) {
 TrainingData read_training_data(TrainOptions& options,
                                 const std::function<void(const std::string&)>& note) {
   // Rows with targets are tasks: read whole.
-  if (options.objective != Objective::classify && options.target_column.empty() &&
-      options.max_length == 0) {
+  if (is_language(options.objective) && options.target_column.empty() && options.max_length == 0) {
     const int64_t step = parse_codes(options.codes) == SampleCodes::pcm16 ? 2 : 1;
     options.max_length =
         options.audio ? std::min(kAudioWindow, options.batch_tokens / step) : kWindow;

@@ -553,5 +553,11 @@ TEST(Params, NamesShapesAndDecay) {
   EXPECT_EQ(parameters(config), 16 * 128 + 4 * layer + 128 + 3 * 129);
 }
 
+TEST(Config, LanguageIsWhatTellsTokens) {
+  EXPECT_TRUE((Config{.objective = Objective::lm}).language());
+  EXPECT_TRUE((Config{.objective = Objective::mlm}).language());
+  EXPECT_FALSE((Config{.objective = Objective::classify}).language());
+}
+
 }  // namespace
 }  // namespace coil
