@@ -118,11 +118,10 @@ void parse_mutate(const std::string& text, TrainOptions& o) {
 }
 
 template <class E>
-po::typed_value<std::string>* choice(E& member, std::vector<std::pair<std::string, E>> names,
-                                     const std::string& option) {
-  std::string now;
-  for (const auto& [name, value] : names)
-    if (value == member) now = name;
+using Names = std::vector<std::pair<std::string, E>>;
+
+template <class E>
+po::typed_value<std::string>* one_of(E& member, const Names<E>& names, const std::string& option) {
   const auto set = [=, &member](const std::string& given) {
     std::vector<std::string> known;
     for (const auto& [name, value] : names) {
@@ -134,7 +133,15 @@ po::typed_value<std::string>* choice(E& member, std::vector<std::pair<std::strin
     throw UsageError(
         fmt::format("--{} '{}': expected {}", option, given, fmt::join(known, " or ")));
   };
-  return po::value<std::string>()->default_value(now)->notifier(set)->value_name("WHICH");
+  return po::value<std::string>()->notifier(set)->value_name("WHICH");
+}
+
+template <class E>
+po::typed_value<std::string>* choice(E& member, const Names<E>& names, const std::string& option) {
+  std::string now;
+  for (const auto& [name, value] : names)
+    if (value == member) now = name;
+  return one_of(member, names, option)->default_value(now);
 }
 
 po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
@@ -142,23 +149,15 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
   po::options_description all("Options", 100);
   po::options_description network("Network", 100), data("Data", 100), steps("Steps", 100),
       run("Run", 100);
+  const Names<Objective> objectives = {
+      {"classify", Objective::classify}, {"lm", Objective::lm}, {"mlm", Objective::mlm}};
   network.add_options()  //
       ("preset", option(o.preset, "NAME"),
        fmt::format("{}: applied before all other options", fmt::join(preset_names(), " | "))
            .c_str())  //
-      ("objective",
-       choice(o.objective,
-              {{"classify", Objective::classify}, {"lm", Objective::lm}, {"mlm", Objective::mlm}},
-              "objective"),
+      ("objective", choice(o.objective, objectives, "objective"),
        "classify | lm: tell the next base | mlm: tell masked ones, or a --target-column")  //
-      ("task",
-       po::value<std::string>()
-           ->notifier([&o](const std::string& given) {
-             if (given != "classify" && given != "lm")
-               throw UsageError(fmt::format("--task '{}': expected classify or lm", given));
-             o.objective = given == "lm" ? Objective::lm : Objective::classify;
-           })
-           ->value_name("WHICH"),
+      ("task", one_of(o.objective, objectives, "task"),
        "another name of --objective")  //
       ("from", option(o.from, "MODEL"),
        "start from the weights of this model, a folder or a shipped one")                       //
