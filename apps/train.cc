@@ -305,7 +305,7 @@ bool parse_over(int argc, char** argv, const TrainOptions& base, Given& given) {
   if (!parse(argc, argv, "train [options] DATA… -o MODEL", kText, options, {"data"}, true,
              given.values))
     return false;
-  given.options.from = find_model(given.options.from);
+  given.options.from_folder = find_model(given.options.from);
   given.options.reverse_complement = !no_reverse_complement;
   given.options.seed = given.common.seed;
   given.options.threads = given.common.threads;
@@ -346,7 +346,7 @@ int run_train(int argc, char** argv) {
     apply_preset(given.options.preset, base = {});
     if (!parse_over(argc, argv, base, given)) return 0;
   } else if (!given.options.from.empty() && given.values["preset"].defaulted() &&
-             read_config(given.options.from).audio.rate > 0) {
+             read_config(given.options.found_from()).audio.rate > 0) {
     apply_preset("audio-small", base = {});
     if (!parse_over(argc, argv, base, given)) return 0;
   }
@@ -373,7 +373,7 @@ int run_train(int argc, char** argv) {
       device_of(given.common).kind == Device::Kind::cpu)
     throw UsageError("--precision bf16: training on a CPU is in f32");
   if (!options.from.empty()) {  // the network is that model's
-    const Config config = read_config(options.from);
+    const Config config = read_config(options.found_from());
     if (options.audio != (config.audio.rate > 0))
       throw UsageError(fmt::format("'{}' is a model of {}, the preset '{}' of {}", options.from,
                                    config.audio.rate > 0 ? "audio" : "DNA", options.preset,

@@ -54,7 +54,7 @@ void Trainer::read_data() {
 Config Trainer::network() const {
   Config config;
   if (!options_.from.empty()) {
-    config = read_config(options_.from);
+    config = read_config(options_.found_from());
     const int64_t tokens = Config::dna_vocabulary(config.kmer);
     if (!options_.audio && options_.alphabet.empty())
       check(config.alphabet == "dna" && config.vocab == tokens,
@@ -94,7 +94,7 @@ Config Trainer::network() const {
 // has another strand, and targets are those of the one given.
 void Trainer::settle_from() {
   if (!options_.from.empty() && !options_.audio) {
-    const Config config = read_config(options_.from);
+    const Config config = read_config(options_.found_from());
     options_.bidirectional = config.bidirectional;
     options_.kmer = config.kmer;
     const std::string theirs = config.letters() ? config.alphabet : "";
@@ -258,7 +258,7 @@ void Trainer::begin() {
     return;
   }
   if (!options_.from.empty()) {
-    const std::vector<std::string> taken = load_matching(backend_, model_, options_.from);
+    const std::vector<std::string> taken = load_matching(backend_, model_, options_.found_from());
     check(!taken.empty(), "'{}' has no tensor in common with this model", options_.from);
     say(fmt::format("{} tensors taken from {}", taken.size(), options_.from));
   }

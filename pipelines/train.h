@@ -20,8 +20,10 @@ struct TrainOptions {
   int64_t validation_tokens = 300'000;  // at most; what is more is thinned evenly. 0: no limit
   std::string out;                      // model folder
   std::string preset =
-      "dna-small";   // dna-… | audio-tiny, -small, -base: applied before everything else
-  std::string from;  // start from this model's weights
+      "dna-small";          // dna-… | audio-tiny, -small, -base: applied before everything else
+  std::string from;         // start from this model's weights: as it was named, and where it lies
+  std::string from_folder;  // "": where `from` says
+  const std::string& found_from() const { return from_folder.empty() ? from : from_folder; }
   Objective objective = Objective::classify;
   std::string sequence_column = "sequence", label_column = "label", table;
   std::string target_column;  // mlm: of a table; nothing is masked then
