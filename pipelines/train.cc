@@ -261,6 +261,10 @@ void Trainer::begin() {
     const std::vector<std::string> taken = load_matching(backend_, model_, options_.found_from());
     check(!taken.empty(), "'{}' has no tensor in common with this model", options_.from);
     say(fmt::format("{} tensors taken from {}", taken.size(), options_.from));
+    std::vector<std::string> anew;  // other shapes, another head
+    for (const Param& param : declare(model_))
+      if (!std::ranges::count(taken, param.info.name)) anew.push_back(param.info.name);
+    if (!anew.empty()) say(fmt::format("not taken, begun anew: {}", fmt::join(anew, ", ")));
   }
   std::error_code error;
   fs::create_directories(fs::path(options_.out) / "train", error);
