@@ -14,7 +14,8 @@
 
 namespace coil {
 
-// STEM.safetensors, or STEM-0000i-of-0000n.safetensors and STEM.safetensors.index.json.
+// STEM.safetensors, or STEM-0000i-of-0000n.safetensors (or STEM.1-…) and
+// STEM.safetensors.index.json, which names them.
 constexpr const char* kTensorStem = "model";
 bool has_tensors(const std::string& folder, const std::string& stem = kTensorStem);
 
@@ -65,8 +66,8 @@ void write_safetensors(const std::string& path, std::span<const NamedView> tenso
                        const std::map<std::string, std::string>& metadata = {});
 // STEM.safetensors in `folder`, or where that would be longer than shard_bytes (above 0) the shards
 // STEM-0000i-of-0000n.safetensors, each at most that long unless it holds one tensor only, and
-// their index. Tensor files of an earlier save are removed, last. One file is written whole or not
-// at all; shards each, so a kill can leave some of an earlier save beside new ones.
+// their index; where shards of these names are in use they are called STEM.1-…. Tensor files of an
+// earlier save are removed, last: whenever it is killed, a reader finds all of one save.
 void write_sharded(const std::string& folder, std::span<const NamedView> tensors,
                    int64_t shard_bytes, const std::string& stem = kTensorStem);
 

@@ -29,6 +29,18 @@ FileType file_type(DType dtype) {
   COIL_ASSERT(false);
 }
 
+// What an index names; nothing where there is none.
+std::set<std::string> files_in(const fs::path& index) {
+  std::set<std::string> files;
+  if (!fs::exists(index)) return files;
+  constexpr int64_t kMostBytes = 100 << 20;
+  const auto json = nlohmann::json::parse(read_file(index.string(), kMostBytes), nullptr, false);
+  if (!json.is_object() || !json.contains("weight_map")) return files;
+  for (const auto& [tensor, file] : json["weight_map"].items())
+    if (file.is_string()) files.insert(file.get<std::string>());
+  return files;
+}
+
 }  // namespace
 
 void write_safetensors(const std::string& path, std::span<const NamedView> tensors,
@@ -87,12 +99,19 @@ void write_sharded(const std::string& folder, std::span<const NamedView> tensors
   first.push_back(tensors.size());
   const size_t shards = first.size() - 1;
 
+  // Until the new index is there the one of now stands, with all that it names.
+  const std::string other = stem + ".1";
+  const bool in_use =
+      std::ranges::any_of(files_in(fs::path(folder) / listed),
+                          [&](const auto& file) { return file.starts_with(stem + "-"); });
+  const std::string& begin = in_use ? other : stem;
+
   std::set<std::string> written;
   nlohmann::ordered_json index;
   index["metadata"]["total_size"] = total;
   for (size_t i = 0; i < shards; ++i) {
     const std::string name =
-        shards == 1 ? one : fmt::format("{}-{:05}-of-{:05}.safetensors", stem, i + 1, shards);
+        shards == 1 ? one : fmt::format("{}-{:05}-of-{:05}.safetensors", begin, i + 1, shards);
     const auto part = tensors.subspan(first[i], first[i + 1] - first[i]);
     write_safetensors((fs::path(folder) / name).string(), part);
     written.insert(name);
@@ -106,7 +125,8 @@ void write_sharded(const std::string& folder, std::span<const NamedView> tensors
   std::vector<fs::path> stale;
   for (const auto& entry : fs::directory_iterator(folder)) {
     const std::string name = entry.path().filename().string();
-    const bool shard = name.starts_with(stem + "-") && name.ends_with(".safetensors");
+    const bool shard = (name.starts_with(stem + "-") || name.starts_with(other + "-")) &&
+                       name.ends_with(".safetensors");
     if ((name == one || name == listed || shard) && !written.count(name))
       stale.push_back(entry.path());
   }

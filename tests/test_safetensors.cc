@@ -293,6 +293,37 @@ TEST_F(SafetensorsTest, ShardsStayUnderTheirLimitAndReadAsOne) {
   EXPECT_EQ(SafetensorsReader(folder_.string()).names().size(), 10u);
 }
 
+// A save that is cut short at any of its files leaves the one before, all of it; the next one is
+// whole again.
+TEST_F(SafetensorsTest, ShardsOfTwoSavesDoNotMix) {
+  std::vector<float> values(300, 0);
+  std::vector<NamedView> tensors;
+  for (int i = 0; i < 3; ++i)
+    tensors.push_back({std::to_string(i), host_view(values.data() + i * 100, DType::f32, {100})});
+  const auto read = [&] {
+    const SafetensorsReader reader(folder_.string());
+    std::vector<float> found;
+    for (const NamedView& tensor : tensors) found.push_back(reader.read_f32(tensor.name)[99]);
+    return found;
+  };
+  write_sharded(folder_.string(), tensors, 100);
+  for (float save = 1; save <= 4; ++save) {
+    const float before = save - 1;
+    std::fill(values.begin(), values.end(), save);
+    for (const char* file : {"-00001-of-00003.safetensors", "-00002-of-00003.safetensors",
+                             "-00003-of-00003.safetensors", ".safetensors.index.json"}) {
+      for (const std::string stem : {"model", "model.1"})  // folders in their places
+        fs::create_directory(path(stem + file + ".tmp"));
+      EXPECT_THROW(write_sharded(folder_.string(), tensors, 100), Error);
+      EXPECT_EQ(read(), std::vector<float>(3, before)) << file;
+      for (const std::string stem : {"model", "model.1"}) fs::remove(path(stem + file + ".tmp"));
+    }
+    write_sharded(folder_.string(), tensors, 100);
+    EXPECT_EQ(read(), std::vector<float>(3, save));
+    EXPECT_EQ(std::distance(fs::directory_iterator(folder_), {}), 4);
+  }
+}
+
 TEST_F(SafetensorsTest, AnIndexCannotLeadOutOfItsFolder) {
   for (const char* name :
        {"../secret", "/etc/passwd", "..", ".", "", "sub/x.safetensors", "x\\u0000y"}) {
