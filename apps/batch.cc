@@ -94,7 +94,7 @@ BatchWork work_of(Options& o, const Config& config, Task task, const po::variabl
     settle_strands(config, values["strands"].defaulted(), o.engine.strands);
   else if (values["strands"].defaulted() && (lm || o.per_position))
     o.engine.strands = "forward";  // as score reads them
-  work.stream = o.engine.resolve();
+  work.stream = o.engine.resolve(config);
   if (o.per_position && work.stream.strands != Strands::forward)
     throw UsageError("--per-position is of the forward strand");
   work.stream.window = o.window;

@@ -104,7 +104,7 @@ int run_calibrate(int argc, char** argv) {
   const Config config = read_config(options.model);
   check_classifier(config, options.model);
   settle_strands(config, values["strands"].defaulted(), options.engine.strands);
-  how.stream = options.engine.resolve();
+  how.stream = options.engine.resolve(config);
   Config target;
   if (!options.into.empty()) {
     target = read_config(options.into);

@@ -192,7 +192,7 @@ int run_classify(int argc, char** argv) {
   const bool audio = config.audio.rate > 0;
   if (audio && !options.tag_output.empty()) throw UsageError("--tag-output is for alignments");
   settle_strands(config, values["strands"].defaulted(), options.engine.strands);
-  how.stream = options.engine.resolve();
+  how.stream = options.engine.resolve(config);
   how.stream.window = options.window;
   how.stream.stride = options.stride;
   const std::unique_ptr<Source> source =

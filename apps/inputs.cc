@@ -314,7 +314,10 @@ po::options_description describe(EngineOptions& options) {
   return description;
 }
 
-StreamOptions EngineOptions::resolve() const {
+StreamOptions EngineOptions::resolve(const Config& config) const {
+  if (config.bidirectional && chunk != "auto")
+    throw UsageError(
+        fmt::format("--chunk {}: the model reads from both ends, sequences whole", chunk));
   return {.strands = parse_strands(strands),
           .batch = size_or_auto("batch", batch),
           .chunk = size_or_auto("chunk", chunk),

@@ -66,10 +66,11 @@ std::vector<std::string> files_of_model(const std::string& folder);  // config, 
 // header. Datasets must hold DNA.
 std::unique_ptr<Source> open_inputs(const InputOptions& options);
 
-// Options of the engine. describe() binds text where "auto" is a choice; resolve() reads it.
+// Options of the engine. describe() binds text where "auto" is a choice; resolve() reads it, and
+// refuses what the model has no use for.
 struct EngineOptions {
   std::string strands, batch = "auto", chunk = "auto";
-  StreamOptions resolve() const;
+  StreamOptions resolve(const Config& config) const;
 };
 boost::program_options::options_description describe(EngineOptions& options);
 

@@ -102,7 +102,7 @@ int run_score(int argc, char** argv) {
     throw UsageError("--per-second is a table of its own: it does not go with --json");
   settle_strands(config, values["strands"].defaulted(), options.engine.strands);
   const char* const unit = audio ? "sample" : "base";
-  const ScoreOptions how{.stream = options.engine.resolve(), .per_base = track};
+  const ScoreOptions how{.stream = options.engine.resolve(config), .per_base = track};
   const std::unique_ptr<Source> source =
       audio ? open_sounds(config, options.input, options.labels) : open_inputs(options.input);
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
