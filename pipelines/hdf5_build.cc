@@ -18,6 +18,7 @@
 #include "kernels/error.h"
 #include "model/params.h"
 #include "pipelines/hash.h"
+#include "pipelines/utf8.h"
 
 namespace coil {
 namespace {
@@ -291,9 +292,14 @@ class Builder {
         draft_->about.files.push_back({file_, size_});
       }
       const Facts facts = input_.facts(segment);
-      name_ = segment.name;
+      name_ = as_utf8(segment.name);
+      if (name_ != segment.name && options_.note && !std::exchange(noted_, true))
+        options_.note(
+            fmt::format("{}: record '{}': its name is not UTF-8 and is read as Latin-1, as are "
+                        "others that are not",
+                        input_.sources[static_cast<size_t>(segment.file)], name_));
       start_ = segment.offset / input_.what.step();
-      label_ = facts.label.empty() ? -1 : number_of(facts.label);
+      label_ = facts.label.empty() ? -1 : number_of(as_utf8(facts.label));
       split_ = facts.split;
     }
     put(segment.codes);
@@ -343,6 +349,7 @@ class Builder {
   std::shared_ptr<Draft> draft_;
   std::vector<uint8_t> chunk_, wide_;
   std::unordered_map<std::string, int32_t> numbers_;  // of labels
+  bool noted_ = false;                                // that a name is not UTF-8
   // of the record
   std::string name_;
   int64_t start_ = 0;

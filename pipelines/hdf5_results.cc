@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "kernels/error.h"
+#include "pipelines/utf8.h"
 
 namespace coil {
 namespace {
@@ -150,7 +151,8 @@ bool ResultsAbout::per_position() const {
   return std::ranges::any_of(columns, &ResultColumn::of_positions);
 }
 
-void ResultPart::unit(const std::string& name, int64_t start, int64_t end, int64_t positions) {
+void ResultPart::unit(const std::string& found, int64_t start, int64_t end, int64_t positions) {
+  const std::string name = as_utf8(found);
   const auto length = static_cast<uint32_t>(name.size());
   part_.add("names", name.data(), name.size());
   part_.add("name_bytes", &length, 1);

@@ -48,7 +48,8 @@ struct ResultsAbout {
 
 // Units that have been computed, on their way into a file: columns by name, and
 //   starts, ends, positions (units)  int64: positions: how many, where they have values
-//   names, name_bytes                of all units: texts without a gap, and their lengths (uint32)
+//   names, name_bytes                of all units: texts without a gap (pipelines/utf8.h), and
+//                                    their lengths (uint32)
 class ResultPart {
  public:
   void unit(const std::string& name, int64_t start, int64_t end, int64_t positions = 0);

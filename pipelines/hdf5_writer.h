@@ -17,7 +17,8 @@ class Writer {
   void group(const std::string& name);
   // Appended to from its first row to its last; all must be closed before seal().
   std::unique_ptr<Column> column(const std::string& name, const Layout& layout);
-  void texts(const std::string& name, const std::vector<std::string>& texts);  // a whole column
+  // A whole column (pipelines/utf8.h).
+  void texts(const std::string& name, const std::vector<std::string>& texts);
   void seal();
 
  private:
