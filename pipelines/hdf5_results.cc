@@ -222,8 +222,11 @@ void check_rows(const hdf5::Reader& file, const ResultsAbout& about) {
 }  // namespace
 
 ResultsAbout read_results_about(const hdf5::Reader& file) {
-  check(file.has_attribute("schema") && file.text_attribute("schema") == kResultsSchema,
-        "{}: is no file of results", file.path());
+  check(file.has_attribute("schema"),
+        "{}: is HDF5, but no results of coil's: it has no attribute 'schema'", file.path());
+  const std::string schema = file.text_attribute("schema");
+  check(schema == kResultsSchema, "{}: its schema is '{}', expected '{}'", file.path(), schema,
+        kResultsSchema);
   const int64_t version = file.number_attribute("version");
   check(version <= kResultsVersion,
         "{}: results of version {}, expected at most {}: from a newer Coil", file.path(), version,
