@@ -33,23 +33,26 @@ struct Kept {
   float4 rate[kStates / kFew][kThreads], carried[kStates / kFew][kThreads];
   float4 dA[kStates / kFew][kThreads];
   float before[kWalkSlots][kStates][kThreads];  // states before a slot's first step
-  // Of each step the slope of softplus, and that of the gate times dy.
-  float slope[kScanSteps][kThreads], gate[kScanSteps][kThreads];
+  // Of each step the slope of softplus, that of the gate times dy, and the gate.
+  float slope[kScanSteps][kThreads], gate[kScanSteps][kThreads], silu[kScanSteps][kThreads];
 };
 
 template <class T>
 struct ScanBack : ScanOperands<T> {
   const T* dy;
-  T *dx, *ddt, *dz;
-  int64_t dy_stride, dx_stride, ddt_stride, dz_stride;
-  float* carry;   // (tiles, kStates, e): handed on locally, then carried in; or null
-  float* sums;    // (tiles, e): of delta; with carry
+  T *dx, *ddt, *dz, *y;  // y null: not asked for
+  int64_t dy_stride, dx_stride, ddt_stride, dz_stride, y_stride;
+  float* carry;  // (tiles, kStates, e): handed on locally, then carried in; or null
+  float* sums;   // (tiles, e): of delta; with carry
+  // Of the walk, whose tiles are whole numbers of the others, so that fewer blocks have to begin.
+  const int32_t* walk_first;
+  int64_t walk_length;
   float* dstate;  // (s,e,n) or null
   int64_t dslot_stride, dstate_stride;
   float* dinitial;    // (pieces, kStates, e) or null
   float* partial_BC;  // (blocks of channels, t, 2 kStates): dB | dC
-  float* partial_A;   // (tiles, kStates, e)
-  float* partial_D;   // (tiles, 2, e): dD | ddt_bias
+  float* partial_A;   // (tiles of the walk, kStates, e)
+  float* partial_D;   // (tiles of the walk, 2, e): dD | ddt_bias
   float* between;     // (3, t, e): y before the gate, dx, ddelta of the groups so far; or null
   int64_t t, planes;  // rows; blocks of channels in partial_BC
 
@@ -86,8 +89,8 @@ __device__ float4 sum_quads(const float* v) {
   return {sum[0], sum[1], sum[2], sum[3]};
 }
 
-// A block takes kThreads channels over one tile. kRare: without gate, or of other than kStates
-// states; of more the results come in parts.
+// A block takes kThreads channels over one tile of the walk. kRare: without gate, or of other than
+// kStates states; of more the results come in parts.
 template <class T, bool kWords, bool kRare>
 __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const ScanBack<T> op) {
   using Arrays = Ring<T, 4, kThreads, kWalkSlots, kWords, true>;  // x, dt, dy, z
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   __shared__ Matrices matrices[2];
   Kept& keep = *reinterpret_cast<Kept*>(memory);
   const int64_t tile = blockIdx.x;
-  const ScanSpan span = span_of(op, tile);
+  const ScanSpan span = span_of(op, op.walk_first, op.walk_length, tile);
   const int direction = op.reverse ? -1 : 1, steps = static_cast<int>(span.end - span.begin);
   const int64_t first_row = op.row(span.piece, span.begin);
   const int64_t block_channel = blockIdx.y * static_cast<int64_t>(kThreads);
@@ -143,8 +146,9 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     if (active) {
       op.rates(channel, rate);
       if (op.carry) {
+        const int64_t last_tile = op.first[span.p] + (span.end - 1) / op.tile_length;
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) carried[i] = op.carry[op.in_tile(tile, i, channel)];
+        for (int i = 0; i < kStates; ++i) carried[i] = op.carry[op.in_tile(last_tile, i, channel)];
       } else if (op.dstate && span.piece.to >= 0) {
         const float* const from = op.dstate_at(span.piece.to, channel);
 #pragma unroll
@@ -205,6 +209,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       if (!gate) continue;
       const float sigmoid = sigmoid_of(z[s]), silu = z[s] * sigmoid;
       keep.gate[s][threadIdx.x] = dy[s] * fmaf(silu, 1 - sigmoid, sigmoid);
+      keep.silu[s][threadIdx.x] = silu;
       dy[s] *= silu;
     }
     if (left < kScanSteps) {
@@ -297,15 +302,24 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       dD = fmaf(dy[s], x[s], dD);
       ddelta[s] *= slope[s];  // ddt
       dbias += ddelta[s];
-      y[s] = z[s] * fmaf(D, x[s], y[s]);  // dz
+      y[s] = fmaf(D, x[s], y[s]);  // before the gate
       dx[s] = fmaf(D, dy[s], dx[s]);
     }
+    const bool whole = active && (!kRare || op.is_last_group());
+    if (op.y && whole) {
+      T* const y_at = op.y + row * op.y_stride + channel;
+      const int y_hop = direction * static_cast<int>(op.y_stride);
+#pragma unroll
+      for (int s = 0; s < kScanSteps; ++s)
+        if (s < left)
+          y_at[static_cast<int64_t>(s) * y_hop] = from_float<T>(keep.silu[s][threadIdx.x] * y[s]);
+    }
     const auto store = [&](int s) {
-      if (gate) dz_at[static_cast<int64_t>(s) * dz_hop] = from_float<T>(y[s]);
+      if (gate) dz_at[static_cast<int64_t>(s) * dz_hop] = from_float<T>(z[s] * y[s]);
       dx_at[static_cast<int64_t>(s) * dx_hop] = from_float<T>(dx[s]);
       ddt_at[static_cast<int64_t>(s) * ddt_hop] = from_float<T>(ddelta[s]);
     };
-    if (active && (!kRare || op.is_last_group())) {
+    if (whole) {
       if (left >= kScanSteps) {
 #pragma unroll
         for (int s = 0; s < kScanSteps; ++s) store(s);
