@@ -105,9 +105,11 @@ class Part {
         if (!all_.truncate) dstate_.emplace(backend_, model_.config, 2);
       }
     }
+    // In runs of nearly one length, so that blocks of memory are of few sizes.
+    const int64_t before = count_ - 1, runs = (before + ahead() - 1) / ahead();
     int32_t from = -1, to = 0;
-    for (int64_t i = 0, n; i + 1 < count_; i += n) {
-      n = whole ? 1 : std::min(ahead(), count_ - 1 - i);
+    for (int64_t i = 0, n; i < before; i += n) {
+      n = whole ? 1 : std::min((before + runs - 1) / runs, before - i);
       if (!once) mark(i, n);
       compute(i, n, from, to, whole);
       if (!once) copy_slot(backend_, *state_, to, *kept_, i + n - 1);

@@ -409,9 +409,11 @@ void fill_operands(const Op& op, ScanOperands<T>& to) {
       op.checkpoints ? op.rows->tiles(kScanSteps).first.template as<int32_t>() : nullptr;
 }
 
-// What it costs, in steps, if tiles of so many steps go through, `at_once` blocks together.
+// What it costs, in half steps of a block on a multiprocessor, if pieces go through in tiles of so
+// many steps, `at_once` blocks on each of `processors` together. A last wave that does not fill
+// them takes between its share of the work and as long as a whole one.
 inline int64_t cost_of_tiles(const Rows& rows, int64_t length, int64_t channel_blocks,
-                             int64_t at_once) {
+                             int64_t at_once, int64_t processors) {
   constexpr int64_t kBegin = 32;  // a block's beginning takes as long as about so many steps
   const auto pieces = static_cast<int64_t>(rows.pieces().size());
   int64_t tiles = rows.total() / length + (pieces + 1) / 2;  // of many pieces about so many
@@ -419,36 +421,39 @@ inline int64_t cost_of_tiles(const Rows& rows, int64_t length, int64_t channel_b
     tiles = 0;
     for (const Piece& piece : rows.pieces()) tiles += div_up(piece.length, length);
   }
-  return div_up(tiles * channel_blocks, at_once) * (length + kBegin);
+  const int64_t blocks = tiles * channel_blocks, wave = at_once * processors;
+  const int64_t rest = div_up(blocks % wave, processors);
+  const int64_t halves = 2 * at_once * (blocks / wave) + (rest > 0 ? rest + at_once : 0);
+  return halves * (length + kBegin);
 }
 
-// Steps of a tile: whole pieces where they fill the card or are short; else so long that the blocks
-// come in whole waves of what runs at once, `at_once` blocks, and a wave's end wastes little.
-// Returns a multiple of kScanSteps, at least the longest piece where pieces stay whole; where
-// `every` is given, a divisor of it.
+// Steps of a tile: whole pieces where they fill the card or are short; else so long that blocks
+// come in whole waves of what runs at once and a wave's end wastes little. Returns a multiple of
+// kScanSteps, at least the longest piece where pieces stay whole; where `every` is given, a divisor
+// of it.
 inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_once,
-                           int64_t every = 0) {
+                           int64_t processors, int64_t every = 0) {
   int64_t longest = 1;
   for (const Piece& piece : rows.pieces()) longest = std::max(longest, piece.length);
   const int64_t whole = div_up(longest, kScanSteps) * kScanSteps;
   const auto pieces = static_cast<int64_t>(rows.pieces().size());
-  if (every == 0 && (whole <= 64 || pieces * channel_blocks >= at_once)) return whole;
+  if (every == 0 && (whole <= 64 || pieces * channel_blocks >= at_once * processors)) return whole;
   int64_t best = 0, best_cost = 0;
-  for (int64_t length = 128; length <= 1024; length += 32) {
+  for (int64_t length = 128; length <= 1024; length += kScanSteps) {
     if (every % length != 0) continue;
-    const int64_t cost = cost_of_tiles(rows, length, channel_blocks, at_once);
+    const int64_t cost = cost_of_tiles(rows, length, channel_blocks, at_once, processors);
     if (best == 0 || cost < best_cost) best = length, best_cost = cost;
   }
   return every > 0 && best == 0 ? every : std::min(best, whole);
 }
 
-// The multiple of `length` that is cheapest where fewer blocks run at once.
+// The multiple of `length` that is cheapest for blocks of which fewer run at once.
 inline int64_t longer_tiles(const Rows& rows, int64_t length, int64_t channel_blocks,
-                            int64_t at_once) {
+                            int64_t at_once, int64_t processors) {
   constexpr int64_t kMost = 8;
   int64_t best = 0, best_cost = 0;
   for (int64_t k = 1; k <= kMost; ++k) {
-    const int64_t cost = cost_of_tiles(rows, k * length, channel_blocks, at_once);
+    const int64_t cost = cost_of_tiles(rows, k * length, channel_blocks, at_once, processors);
     if (best == 0 || cost < best_cost) best = k * length, best_cost = cost;
   }
   return best;

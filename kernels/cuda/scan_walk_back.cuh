@@ -167,16 +167,13 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   on_the_way.keep(matrices[0]);
   on_the_way.load();
 
-  // Where a slot's first step is written, and how far the next one is.
-  T* dx_at = op.dx + first_row * op.dx_stride + channel;
-  T* ddt_at = op.ddt + first_row * op.ddt_stride + channel;
-  T* dz_at = op.dz + first_row * op.dz_stride + channel;
-  const int dx_hop = direction * static_cast<int>(op.dx_stride);
-  const int ddt_hop = direction * static_cast<int>(op.ddt_stride);
-  const int dz_hop = direction * static_cast<int>(op.dz_stride);
-  dx_at += static_cast<int64_t>(last) * dx_hop;
-  ddt_at += static_cast<int64_t>(last) * ddt_hop;
-  dz_at += static_cast<int64_t>(last) * dz_hop;
+  // What goes out lies in the slot that it was computed from and is copied from there as it came,
+  // kAtOnce rows of kWord channels a thread; where rows are not whole words, each thread writes its
+  // own.
+  constexpr int kOutWord = 16 / sizeof(T), kAcross = kThreads / kOutWord;
+  constexpr int kAtOnce = kThreads / kAcross;
+  const int out_row = threadIdx.x / kAcross, out_column = threadIdx.x % kAcross * kOutWord;
+  const bool out_there = block_channel + out_column < op.e;
   int slot = 0;
   for (int begin = last, k = 0; begin >= 0; begin -= kScanSteps, ++k) {
     wait_for_slot<kWalkSlots>();
@@ -184,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     on_the_way.keep(matrices[(k + 1) % 2]);
     on_the_way.load();
     fetch(1 - slot, begin > 0);
-    const typename Arrays::Slot& in = ring.slots[slot];
+    typename Arrays::Slot& in = ring.slots[slot];
     const Matrices& matrix = matrices[k % 2];
     const int left = steps - begin;  // kScanSteps or more, except at the end
     // All loads before the first store, which the compiler may not move them over.
@@ -271,12 +268,14 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       *reinterpret_cast<float4*>(to + 4 * kStepGap + kStates) = sum_quads<T>(h + 16);
     }
     const int64_t row = first_row + static_cast<int64_t>(direction) * begin;
-    float slope[kScanSteps];
+    float slope[kScanSteps], silu[kScanSteps];
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {  // loads first, again
       x[s] = to_float(in[0][s][threadIdx.x]);
       slope[s] = keep.slope[s][threadIdx.x];
-      if (gate) z[s] = keep.gate[s][threadIdx.x];
+      if (!gate) continue;
+      z[s] = keep.gate[s][threadIdx.x];
+      silu[s] = keep.silu[s][threadIdx.x];
     }
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
@@ -303,36 +302,35 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       ddelta[s] *= slope[s];  // ddt
       dbias += ddelta[s];
       y[s] = fmaf(D, x[s], y[s]);  // before the gate
-      dx[s] = fmaf(D, dy[s], dx[s]);
+      in[0][s][threadIdx.x] = from_float<T>(fmaf(D, dy[s], dx[s]));
+      in[1][s][threadIdx.x] = from_float<T>(ddelta[s]);
+      if (!gate) continue;
+      in[2][s][threadIdx.x] = from_float<T>(silu[s] * y[s]);
+      in[3][s][threadIdx.x] = from_float<T>(z[s] * y[s]);  // dz
     }
-    const bool whole = active && (!kRare || op.is_last_group());
-    if (op.y && whole) {
-      T* const y_at = op.y + row * op.y_stride + channel;
-      const int y_hop = direction * static_cast<int>(op.y_stride);
+    __syncthreads();  // sums are whole; what goes out is there
+    if (!kRare || op.is_last_group()) {
+      const auto write = [&](T* to, int64_t stride, int array) {
+        if constexpr (kWords) {
 #pragma unroll
-      for (int s = 0; s < kScanSteps; ++s)
-        if (s < left)
-          y_at[static_cast<int64_t>(s) * y_hop] = from_float<T>(keep.silu[s][threadIdx.x] * y[s]);
+          for (int r = 0; r < kScanSteps; r += kAtOnce) {
+            const int s = r + out_row;
+            if (s < left && out_there)
+              *reinterpret_cast<float4*>(to + (row + direction * s) * stride + block_channel +
+                                         out_column) =
+                  *reinterpret_cast<const float4*>(&in[array][s][out_column]);
+          }
+        } else {
+          for (int s = 0; s < kScanSteps; ++s)
+            if (s < left && active)
+              to[(row + direction * s) * stride + channel] = in[array][s][threadIdx.x];
+        }
+      };
+      write(op.dx, op.dx_stride, 0);
+      write(op.ddt, op.ddt_stride, 1);
+      if (op.y) write(op.y, op.y_stride, 2);
+      if (gate) write(op.dz, op.dz_stride, 3);
     }
-    const auto store = [&](int s) {
-      if (gate) dz_at[static_cast<int64_t>(s) * dz_hop] = from_float<T>(z[s] * y[s]);
-      dx_at[static_cast<int64_t>(s) * dx_hop] = from_float<T>(dx[s]);
-      ddt_at[static_cast<int64_t>(s) * ddt_hop] = from_float<T>(ddelta[s]);
-    };
-    if (whole) {
-      if (left >= kScanSteps) {
-#pragma unroll
-        for (int s = 0; s < kScanSteps; ++s) store(s);
-      } else {
-#pragma unroll
-        for (int s = 0; s < kScanSteps; ++s)
-          if (s < left) store(s);
-      }
-    }
-    dx_at -= kScanSteps * dx_hop;
-    ddt_at -= kScanSteps * ddt_hop;
-    dz_at -= kScanSteps * dz_hop;
-    __syncthreads();  // sums are whole
     const int s = threadIdx.x / kStates, two = threadIdx.x % kStates * 2;
     float2 sum = {0, 0};
 #pragma unroll

@@ -284,8 +284,8 @@ void CudaBackend::run(const SelectiveScan& op) {
     });
     return;
   }
-  const int64_t length = tile_length(*op.rows, div_up(e, 2 * kThreads),
-                                     int64_t{kWalkBlocks} * processors_, op.marks ? op.every : 0);
+  const int64_t length = tile_length(*op.rows, div_up(e, 2 * kThreads), kWalkBlocks, processors_,
+                                     op.marks ? op.every : 0);
   const Rows::Tiles& tiles = op.rows->tiles(length);
   Tensor carry, sums, partial;
   if (tiles.count > pieces || !op.y || op.marks) {

@@ -16,6 +16,9 @@
 // the walk. H100: 4.86 ms for 131,072 steps of 1,536 channels, 810 slots, 77 % of it.
 #include "kernels/cuda/scan_wave_back.cuh"
 
+#include <algorithm>
+#include <array>
+
 namespace coil {
 namespace {
 
@@ -208,13 +211,16 @@ void launch_wave(const ScanBack<T>& scan, int groups, cudaStream_t stream) {
   check_launch("selective_scan backward");
 }
 
+std::array<View, 8> activations_of(const SelectiveScanBackward& op) {
+  return {op.x, op.dt, op.dy, op.z, op.dx, op.ddt, op.dz, op.y};
+}
+
 // Of how many times 32 channels a block takes one piece in one pass (scan_wave_back.cuh), one block
 // on a multiprocessor; 0 where chunks of time are faster, or blocks find no room on this card.
 int wave_groups(const SelectiveScanBackward& op, int processors, int device) {
   const int64_t all = op.x.cols() / 32;
   if (op.A_log.cols() != kStates || !op.z || op.x.cols() % 32 != 0) return 0;
-  for (const View& view : {op.x, op.dt, op.dy, op.z, op.dx, op.ddt, op.dz, op.y})
-    if (!in_words(view)) return 0;
+  if (!std::ranges::all_of(activations_of(op), in_words)) return 0;
   if (!in_fours(op.B) || !in_fours(op.C)) return 0;
   int shared = 0;
   check_call(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
@@ -270,14 +276,14 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
   const int groups = wave_groups(op, processors_, index_);
   const int64_t planes = groups > 0 ? div_up(e, groups * 32) : div_up(e, kThreads);
   // Of the local kernel, whose blocks are twice as wide.
-  const int64_t length = tile_length(*op.rows, planes, 2 * kLocalBlocks * int64_t{processors_});
+  const int64_t length = tile_length(*op.rows, planes, 2 * kLocalBlocks, processors_);
   const Rows::Tiles& tiles = op.rows->tiles(length);
   const bool chunked = groups == 0 && tiles.count > pieces;
   const int64_t walk_length =
-      chunked ? longer_tiles(*op.rows, length, planes, int64_t{kWalkBlocks} * processors_) : length;
+      chunked ? longer_tiles(*op.rows, length, planes, kWalkBlocks, processors_) : length;
   const Rows::Tiles& walk_tiles = op.rows->tiles(walk_length);
   const int64_t parts = groups > 0 ? pieces * kBackWarps : walk_tiles.count;  // of partial_A
-  const bool words = in_words(op.x) && in_words(op.dt) && in_words(op.dy) && in_words(op.z);
+  const bool words = std::ranges::all_of(activations_of(op), in_words);
   const Tensor partial_BC(*this, DType::f32, {planes, t, 2 * kStates});
   const Tensor partial_A(*this, DType::f32, {parts, kStates, e});
   const Tensor partial_D(*this, DType::f32, {parts, 2, e});
