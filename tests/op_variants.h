@@ -234,7 +234,8 @@ class OpVariants {
     if (!reverse) {
       SelectiveScan state_only = summing;
       state_only.y = {};
-      add("selective_scan of the state alone", inputs, {summing.sum_dt, op.state}, state_only);
+      add("selective_scan of the state alone", {op.x, op.dt, op.A_log, op.B, op.dt_bias},
+          {summing.sum_dt, op.state}, state_only);
       SelectiveScan marking = op;
       marking.rows = &one_;
       marking.state = {};

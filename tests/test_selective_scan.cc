@@ -324,17 +324,15 @@ TEST(SelectiveScan, SameBitsTwiceAndCloseForAnyNumberOfThreads) {
 // The gradients of x and dt in the places of dy and dt.
 TEST(SelectiveScan, BackwardInPlace) {
   const Case c{.pieces = ragged_pieces(300), .e = 20, .n = 5};
-  Operands o(c);
-  o.backend->run(o.forward());
-  const SelectiveScanBackward op = o.backward();
-  o.backend->run(op);
-  const std::vector<double> dx = Guarded::values(op.dx), ddt = o.ddt.values();
-  SelectiveScanBackward in_place = op;
-  in_place.dx = o.dy;
-  in_place.ddt = o.dt;
-  o.backend->run(in_place);
-  EXPECT_EQ(o.dt.values(), ddt);
-  EXPECT_EQ(o.dy.values(), dx);
+  Operands apart(c), same(c);
+  for (Operands* o : {&apart, &same}) o->backend->run(o->forward());
+  apart.backend->run(apart.backward());
+  SelectiveScanBackward in_place = same.backward();
+  in_place.dx = same.dy;
+  in_place.ddt = same.dt;
+  same.backend->run(in_place);
+  EXPECT_EQ(same.dy.values(), Guarded::values(apart.backward().dx));
+  EXPECT_EQ(same.dt.values(), apart.ddt.values());
 }
 
 // A very small delta is exact to a few units in the last place, and large ones neither overflow nor
