@@ -234,8 +234,9 @@ class OpVariants {
     if (!reverse) {
       SelectiveScan state_only = summing;
       state_only.y = {};
-      add("selective_scan of the state alone", {op.x, op.dt, op.A_log, op.B, op.dt_bias},
-          {summing.sum_dt, op.state}, state_only);
+      if (slots > 0)
+        add("selective_scan of the state alone", {op.x, op.dt, op.A_log, op.B, op.dt_bias},
+            {summing.sum_dt, op.state}, state_only);
       SelectiveScan marking = op;
       marking.rows = &one_;
       marking.state = {};
