@@ -80,15 +80,15 @@ inline double scan_powers(const View& x, const View& A_log) {
 inline Cost cost_of(const SelectiveScan& op) {
   return {.flops = 7. * static_cast<double>(op.x.count() * op.A_log.cols()),
           .bytes = bytes_of({op.x, op.dt, op.A_log, op.B, op.C, op.D, op.dt_bias, op.z, op.y,
-                             op.checkpoints}) +
+                             op.checkpoints, op.marks}) +
                    state_bytes(op.state, *op.rows),
           .powers = scan_powers(op.x, op.A_log)};
 }
 inline Cost cost_of(const SelectiveScanBackward& op) {
   return {.flops = 20. * static_cast<double>(op.x.count() * op.A_log.cols()),
           .bytes = bytes_of({op.x, op.dt, op.A_log, op.B, op.C, op.D, op.dt_bias, op.dy, op.z,
-                             op.checkpoints, op.dx, op.ddt, op.dB, op.dC, op.dz, op.dA_log, op.dD,
-                             op.ddt_bias}) +
+                             op.checkpoints, op.dx, op.ddt, op.dB, op.dC, op.dz, op.y, op.dA_log,
+                             op.dD, op.ddt_bias}) +
                    state_bytes(op.dstate, *op.rows),
           .powers = scan_powers(op.x, op.A_log)};
 }

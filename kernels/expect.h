@@ -48,4 +48,15 @@ inline void expect_rank(const char* op, const char* operand, const View& view, i
     fail("{}: {} is {}, expected {} dimensions", op, operand, view.shape(), rank);
 }
 
+// The marks of a selective scan.
+inline void expect_marks(const char* op, const View& marks, const Rows& rows, int64_t every,
+                         int64_t e, int64_t n) {
+  if (!marks) return;
+  check(rows.pieces().size() == 1 && every > 0 && every % 32 == 0,
+        "{}: marks every {} steps of {} pieces, expected a multiple of 32 and one piece", op, every,
+        rows.pieces().size());
+  expect(op, "marks", marks, DType::f32, {(rows.total() - 1) / every, e, n});
+  check(marks.contiguous(), "{}: marks are not contiguous", op);
+}
+
 }  // namespace coil

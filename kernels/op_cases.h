@@ -415,13 +415,14 @@ inline void OpCases::add_sequence() {
                                        .dB = dB,
                                        .dC = dC,
                                        .dz = dxz.columns(e, e),
+                                       .y = dxz.columns(0, e),
                                        .dA_log = dA_log,
                                        .dD = dD,
                                        .ddt_bias = ddt_bias,
                                        .dstate = dh,
                                        .rows = rows};
   add("selective_scan backward", 20 * steps, {u, dt, A_log, B, C, D, dt_bias, dy, z, checkpoints},
-      with({du, ddt, dB, dC, backward.dz, dA_log, dD, ddt_bias}, dh),
+      with({du, ddt, dB, dC, backward.dz, backward.y, dA_log, dD, ddt_bias}, dh),
       [=](Backend& on) { on.run(backward); });
   cases.back().powers = powers;
   add_s4d();

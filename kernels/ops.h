@@ -123,12 +123,15 @@ struct SelectiveScan {
   View A_log;        // (e,n)
   View B, C;         // (t,n)
   View D, dt_bias;   // (e)
-  View y;            // (t,e); may be dt or z, not x
+  View y;            // (t,e); may be dt or z, not x; not given: only state and sum_dt come out
   View z;            // optional (t,e)
   View state;        // (s,e,n); optional where every piece has from = to = -1
   View checkpoints;  // optional
   View sum_dt;  // optional (pieces, e): sum of delta over the piece, so that pieces computed apart
                 // join
+  View marks;   // optional (m,e,n), of a batch of one piece: the states before its steps every,
+                // 2 every, …; every is a multiple of 32
+  int64_t every = 0;
   const Rows* rows = nullptr;
   bool reverse = false;  // each piece is read from its end; then pieces are whole sequences
 };
@@ -136,10 +139,11 @@ struct SelectiveScanBackward {
   View x, dt, A_log, B, C, D, dt_bias, dy;  // dy (t,e)
   View z;                                   // optional
   View checkpoints;                         // required: from forward
-  View dx, ddt;       // (t,e); ddt is the gradient of dt before bias and softplus
-  View dB, dC;        // (t,n)
-  View dz;            // (t,e); required with z
-  View dA_log;        // (e,n) +=
+  View dx, ddt;  // (t,e), dx may be dy, ddt dt; ddt is the gradient of dt before bias and softplus
+  View dB, dC;   // (t,n)
+  View dz;       // (t,e); required with z
+  View y;        // optional (t,e), with z: what forward put out, once more
+  View dA_log;   // (e,n) +=
   View dD, ddt_bias;  // (e) +=
   View dstate;        // optional (s,e,n): as in Conv1dBackward
   const Rows* rows = nullptr;

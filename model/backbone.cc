@@ -153,7 +153,7 @@ bool try_step(Backend& backend, const Config& config, const Backbone& backbone, 
 }
 
 Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const Rows& rows,
-                         State* state, Saved* saved) const {
+                         State* state, Saved* saved, bool whole) const {
   const int64_t t = rows.total(), d = config.d;
   const DType act = activations(backend, *this);
   if (state && saved)
@@ -204,7 +204,7 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
     }
   };
 
-  const bool whole = saved && !saved->recompute;  // what is kept of a block
+  const bool keep = saved && !saved->recompute;  // all that a block computes
   for (size_t i = 0; i < layers.size(); ++i) {
     Saved::Block* block = saved ? &saved->blocks[i] : nullptr;
     add_and_norm(layers[i].norm, block ? &block->residual : nullptr,
@@ -212,22 +212,23 @@ Tensor Backbone::forward(Backend& backend, const Config& config, Tensor x, const
     h = std::visit(
         [&]<class Weights>(const Weights& weights) {
           using Kept = typename Of<Weights>::Saved;
-          return coil::forward(backend, config, weights, std::move(h), rows,
-                               state_of(state, i, weights),
-                               whole ? &block->mixer.emplace<Kept>() : nullptr);
+          return coil::forward(
+              backend, config, weights, std::move(h), rows, state_of(state, i, weights),
+              keep ? &block->mixer.emplace<Kept>() : nullptr, whole || i + 1 < layers.size());
         },
         layers[i].mixer);
+    if (!h) return h;  // not whole, and this was the last layer
     if (config.mlp == 0) continue;
     add_and_norm(layers[i].mlp_norm, block ? &block->mlp_residual : nullptr,
                  block ? &block->mlp_rstd : nullptr);
-    h = coil::forward(backend, config, layers[i].mlp, std::move(h), whole ? &block->mlp : nullptr);
+    h = coil::forward(backend, config, layers[i].mlp, std::move(h), keep ? &block->mlp : nullptr);
   }
   add_and_norm(norm_f, saved ? &saved->residual : nullptr, saved ? &saved->rstd : nullptr);
   return h;
 }
 
-Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& saved,
-                          const Rows& rows, View dy, State* dstate, Backbone& grad) const {
+Tensor Backbone::backward(Backend& backend, const Config& config, Saved& saved, const Rows& rows,
+                          View dy, State* dstate, Backbone& grad) const {
   const DType act = activations(backend, *this);
   const int64_t t = rows.total(), d = config.d;
   Tensor dresidual(backend, DType::f32, {t, d});  // gradient of the residual stream
@@ -255,6 +256,7 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
                            .dweight = grad.norm_f,
                            .dx_act = rounded,
                            .eps = config.eps});
+  saved.residual = Tensor();
   // What a mixer or an MLP read, and with it what it kept, once more.
   const auto normed = [&](const Tensor& sum, const Tensor& weight, const Tensor& rstd) {
     Tensor h(backend, act, {t, d});
@@ -262,7 +264,7 @@ Tensor Backbone::backward(Backend& backend, const Config& config, const Saved& s
     return h;
   };
   for (size_t i = layers.size(); i-- > 0;) {
-    const Saved::Block& block = saved.blocks[i];
+    Saved::Block& block = saved.blocks[i];
     if (config.mlp > 0) {
       MlpSaved again;
       if (saved.recompute)

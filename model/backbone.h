@@ -77,13 +77,14 @@ class Backbone {
   std::unique_ptr<InnerStage> inner;  // of a U-Net
 
   // x (t,d) is consumed. state null: start from zero, discard. saved null: inference. With both,
-  // pieces must fork (from != to), since backward reads the initial state again.
+  // pieces must fork (from != to), since backward reads the initial state again. Not `whole`: only
+  // what it does to the state, and nothing is returned.
   Tensor forward(Backend& backend, const Config& config, Tensor x, const Rows& rows, State* state,
-                 Saved* saved) const;
-  // dy (t,d) → dx (t,d); adds to grad. dstate: in, of the final state, out, of the initial one;
-  // null: neither.
-  Tensor backward(Backend& backend, const Config& config, const Saved& saved, const Rows& rows,
-                  View dy, State* dstate, Backbone& grad) const;
+                 Saved* saved, bool whole = true) const;
+  // dy (t,d) → dx (t,d); adds to grad and uses `saved` up. dstate: in, of the final state, out, of
+  // the initial one; null: neither.
+  Tensor backward(Backend& backend, const Config& config, Saved& saved, const Rows& rows, View dy,
+                  State* dstate, Backbone& grad) const;
 };
 
 struct InnerStage {

@@ -95,11 +95,11 @@ namespace {
 
 // hidden() of ids that are rows of `table`, with labels or none, and logits by the rows of `head`.
 Tensor hidden(Backend& backend, const Model& model, View table, View labels, View ids,
-              const Rows& rows, State* state, Saved* saved) {
+              const Rows& rows, State* state, Saved* saved, bool whole) {
   Tensor kept;
   Tensor x(backend, DType::f32, {rows.total(), model.config.d});
   backend.run(Embed{.ids = brought(backend, ids, kept), .table = table, .y = x, .labels = labels});
-  return model.backbone.forward(backend, model.config, std::move(x), rows, state, saved);
+  return model.backbone.forward(backend, model.config, std::move(x), rows, state, saved, whole);
 }
 Tensor logits_of(Backend& backend, View head, View hidden) {
   Tensor logits(backend, DType::f32, {hidden.rows(), head.rows()});
@@ -110,8 +110,8 @@ Tensor logits_of(Backend& backend, View head, View hidden) {
 }  // namespace
 
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
-              Saved* saved) {
-  return hidden(backend, model, model.embedding, model.labels, ids, rows, state, saved);
+              Saved* saved, bool whole) {
+  return hidden(backend, model, model.embedding, model.labels, ids, rows, state, saved, whole);
 }
 
 Tensor lm_logits(Backend& backend, const Model& model, View hidden) {
@@ -131,7 +131,8 @@ Tensor step_logits(Backend& backend, const Model& model, const StepTables& table
   if (try_step(backend, model.config, model.backbone, ends, rows, state)) return logits;
   const UnetStep unet_ends{.ids = ids, .table = table, .head = head, .logits = logits};
   if (try_step(backend, model, tables, unet_ends, rows, state)) return logits;
-  return logits_of(backend, head, hidden(backend, model, table, {}, ids, rows, state, nullptr));
+  return logits_of(backend, head,
+                   hidden(backend, model, table, {}, ids, rows, state, nullptr, true));
 }
 
 Tensor step_logits(Backend& backend, const Model& model, const StepTables& tables, View ids,

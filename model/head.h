@@ -44,9 +44,9 @@ void copy_values(Backend& backend, const Model& from, Model& to);
 
 // ids (t) i32, in host or device memory; with config.condition, vocab times the number of the
 // sequence's label is added to each (ops.h: Embed) → hidden (t,d) after the final norm, of
-// activation type.
+// activation type. Not `whole`: as Backbone::forward.
 Tensor hidden(Backend& backend, const Model& model, View ids, const Rows& rows, State* state,
-              Saved* saved = nullptr);
+              Saved* saved = nullptr, bool whole = true);
 // (t, config.predicted()) f32
 Tensor lm_logits(Backend& backend, const Model& model, View hidden);
 // (m / strands, classes) f32 of the m sequences that end in rows; pooled: their (m, d). Of two

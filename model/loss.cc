@@ -78,8 +78,8 @@ Tensor cross_entropy(const Common& all, Tensor logits, View targets) {
   return dlogits;
 }
 
-// Whole sequences together, or one in chunks. Two slots hold the states before and behind the chunk
-// at hand, two their gradients, in turn: a chunk reads where the one before it wrote.
+// Whole sequences together, or one in chunks. Two slots hold the states before and behind the
+// chunks at hand, two their gradients, in turn: a chunk reads where the one before it wrote.
 class Part {
  public:
   Part(const Common& all, View ids, View targets, const Rows& rows, int64_t chunk)
@@ -97,6 +97,7 @@ class Part {
     // Where no gradient comes back from a later chunk, each is done with when its turn comes.
     const bool mean = model_.config.pooling == Pooling::mean;
     const bool once = !all_.grad || (all_.truncate && (all_.language() || !mean));
+    const bool whole = once && all_.language();
     if (count_ > 1) {
       state_.emplace(backend_, model_.config, 2);
       if (!once) {
@@ -105,32 +106,65 @@ class Part {
         if (!all_.truncate) dstate_.emplace(backend_, model_.config, 2);
       }
     }
-    for (int64_t i = 0; i < count_; ++i) {
-      const bool last = i + 1 == count_;
-      compute(i, last || (once && all_.language()));
-      if (!last && !once) copy_slot(backend_, *state_, to(i), *kept_, i);
+    // In runs of nearly one length, so that blocks of memory are of few sizes.
+    const int64_t before = count_ - 1, runs = (before + ahead() - 1) / ahead();
+    int32_t from = -1, to = 0;
+    for (int64_t i = 0, n; i < before; i += n) {
+      n = whole ? 1 : std::min((before + runs - 1) / runs, before - i);
+      if (!once) mark(i, n);
+      compute(i, n, from, to, whole);
+      if (!once) copy_slot(backend_, *state_, to, *kept_, i + n - 1);
+      from = to;
+      to = 1 - from;
     }
+    if (!once) mark(0, 0);
+    compute(count_ - 1, 1, from, -1, true);
     if (once) return;
     for (int64_t i = count_ - 1; i-- > 0;) {
-      if (i > 0) copy_slot(backend_, *kept_, i - 1, *state_, from(i));
-      compute(i, true);
+      to = from;
+      from = i == 0 ? -1 : 1 - to;
+      if (i > 0) copy_slot(backend_, *kept_, i - 1, *state_, from);
+      compute(i, 1, from, to, true);
     }
   }
 
  private:
-  int32_t from(int64_t i) const { return i == 0 ? -1 : static_cast<int32_t>((i - 1) % 2); }
-  int32_t to(int64_t i) const { return i + 1 == count_ ? -1 : static_cast<int32_t>(i % 2); }
+  // How many chunks go through together where only their states are wanted: it takes as much memory
+  // as a layer of one does with all that backward needs. On a CPU one, which may stay in its
+  // caches.
+  int64_t ahead() const {
+    const auto mamba = [](const Layer& layer) {
+      return std::holds_alternative<Mamba1Weights>(layer.mixer);
+    };
+    const Backbone& stack = model_.backbone;
+    const bool marks = chunk_ % 32 == 0 && !stack.inner && std::ranges::all_of(stack.layers, mamba);
+    if (!marks || backend_.device().kind == Device::Kind::cpu) return 1;
+    return std::max<int64_t>(1, static_cast<int64_t>(stack.layers.size()));
+  }
+  // From here on the states behind chunks i … i + n - 2 are kept as the chunks go through together.
+  void mark(int64_t i, int64_t n) {
+    if (!state_) return;
+    for (size_t layer = 0; layer < state_->layers.size(); ++layer) {
+      auto* const own = std::get_if<Mamba1State>(&state_->layers[layer]);
+      if (!own) continue;
+      const auto& kept = std::get<Mamba1State>(kept_->layers[layer]);
+      own->every = chunk_;
+      own->conv_marks = n > 1 ? kept.conv.view().slice(i, n - 1) : View{};
+      own->ssm_marks = n > 1 ? kept.ssm.view().slice(i, n - 1) : View{};
+    }
+  }
 
-  // Chunk i: forward; where it is `whole`, its loss and backward too.
-  void compute(int64_t i, bool whole) {
-    const int64_t begin = i * chunk_, length = std::min(chunk_, rows_.total() - begin);
+  // Chunks i … i + n - 1, in state slots `from` and `to`: forward; where they are `whole`, loss and
+  // backward too.
+  void compute(int64_t i, int64_t n, int32_t from, int32_t to, bool whole) {
+    const int64_t begin = i * chunk_, length = std::min(n * chunk_, rows_.total() - begin);
     std::optional<Rows> piece;
     if (count_ > 1)
       piece.emplace(backend_, std::vector<Piece>{{.length = length,
                                                   .position = begin,
-                                                  .from = from(i),
-                                                  .to = to(i),
-                                                  .last = i + 1 == count_}});
+                                                  .from = from,
+                                                  .to = to,
+                                                  .last = i + n == count_}});
     const Rows& rows = piece ? *piece : rows_;
     State* const state = state_ ? &*state_ : nullptr;
     Tensor kept_ids;
@@ -138,7 +172,8 @@ class Part {
     Saved saved;
     saved.recompute = by_layer_ && count_ == 1;
     Model* const grad = all_.grad;
-    Tensor h = hidden(backend_, model_, ids, rows, state, grad && whole ? &saved : nullptr);
+    Tensor h = hidden(backend_, model_, ids, rows, state, grad && whole ? &saved : nullptr,
+                      whole || !all_.language());
     Tensor dh;  // (t, d)
     if (all_.language()) {
       if (whole) dh = next_token(std::move(h), targets_.slice(begin, length));

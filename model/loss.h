@@ -1,9 +1,9 @@
 // The loss of a batch of training and its gradient, exact through sequences of any length in memory
 // that the length does not set. A sequence longer than a chunk is computed in chunks: forward over
-// all of them, keeping of each only the state behind it; then from the last to the first, forward
-// again from the state before it, kept whole, and backward, the gradient of the state handed from
-// chunk to chunk. (Chen et al. 2016 recompute layers so; here it is time.) That costs one forward
-// more of all chunks but the last.
+// all of them, on a GPU several together, keeping of each only the state behind it; then from the
+// last to the first, forward again from the state before it, kept whole, and backward, the gradient
+// of the state handed from chunk to chunk. (Chen et al. 2016 recompute layers so; here it is time.)
+// That costs one forward more of all chunks but the last.
 // Where sequences cannot be cut in time (Config::trains_whole) they are computed again layer by
 // layer instead: memory is that of one layer and of the residual stream between them.
 #pragma once

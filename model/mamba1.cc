@@ -67,12 +67,12 @@ std::vector<Param> declare(const Config& config, Mamba1Weights& weights,
 
 namespace {
 
-// xz (t, 2e) → y (t, e), read one way; with `saved` y stands there.
-Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& weights, View xz,
-               const Rows& rows, Mamba1State* state, Mamba1DirectionSaved* saved, bool reverse) {
+// x, z (t, e) → y (t, e), read one way. z not given: only the state.
+Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& weights, View x,
+               View z, const Rows& rows, Mamba1State* state, Mamba1DirectionSaved* saved,
+               bool reverse) {
   const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
   const DType act = backend.activations(weights.x_proj.view().dtype);
-  const View x = xz.columns(0, e), z = xz.columns(e, e);
 
   Tensor conv(backend, act, {t, e});
   backend.run(Conv1d{.x = x,
@@ -82,6 +82,10 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& we
                      .state = state ? state->conv.view() : View{},
                      .rows = &rows,
                      .reverse = reverse});
+  if (state && state->conv_marks)
+    for (int64_t i = 0; i < state->conv_marks.rows(); ++i)
+      backend.copy(x.slice((i + 1) * state->every - (config.w - 1), config.w - 1),
+                   state->conv_marks.slice(i, 1).reshape({config.w - 1, e}));
   Tensor dbc(backend, act, {t, r + 2 * n});
   backend.run(Gemm{.a = conv, .b = weights.x_proj, .c = dbc, .tb = true});
   if (config.mixer_norms) {
@@ -109,65 +113,70 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& we
   Tensor dt(backend, act, {t, e});
   backend.run(Gemm{.a = parts.dt, .b = weights.dt_proj, .c = dt, .tb = true});
 
-  Tensor kept_y;  // (t, e) in training; otherwise y takes the place of dt
+  Tensor y;  // (t, e)
   if (saved) {
     saved->checkpoints = Tensor(backend, DType::f32, {scan_checkpoints(backend, rows), e, n});
-    kept_y = Tensor(backend, act, {t, e});
+    saved->dt = std::move(dt);
+    y = Tensor(backend, act, {t, e});
+  } else {
+    y = std::move(dt);  // in its place
   }
-  const View y = saved ? kept_y.view() : dt.view();
   backend.run(SelectiveScan{.x = conv,
-                            .dt = dt,
+                            .dt = saved ? saved->dt : y,
                             .A_log = weights.A_log,
                             .B = parts.B,
                             .C = parts.C,
                             .D = weights.D,
                             .dt_bias = weights.dt_bias,
-                            .y = y,
+                            .y = z ? y.view() : View{},
                             .z = z,
                             .state = state ? state->ssm.view() : View{},
                             .checkpoints = saved ? saved->checkpoints.view() : View{},
+                            .marks = state ? state->ssm_marks : View{},
+                            .every = state ? state->every : 0,
                             .rows = &rows,
                             .reverse = reverse});
-  if (!saved) return dt;
-  saved->conv = std::move(conv);
-  (config.mixer_norms ? saved->dbc_normed : saved->dbc) = std::move(dbc);
-  saved->dt = std::move(dt);
-  saved->y = std::move(kept_y);
-  return {};
+  if (saved) {
+    saved->conv = std::move(conv);
+    (config.mixer_norms ? saved->dbc_normed : saved->dbc) = std::move(dbc);
+  }
+  return y;
 }
 
 }  // namespace
 
 Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
-               const Rows& rows, Mamba1State* state, Mamba1Saved* saved) {
-  const int64_t t = rows.total();
+               const Rows& rows, Mamba1State* state, Mamba1Saved* saved, bool whole) {
+  const int64_t t = rows.total(), e = config.e;
   const DType act = backend.activations(weights.in_proj.view().dtype);
   if (config.bidirectional) state = nullptr;  // the ops refuse pieces that would read or write it
 
-  Tensor xz(backend, act, {t, 2 * config.e});
+  const int64_t columns = whole ? 2 * e : e;
+  Tensor xz(backend, act, {t, columns});
   backend.run(Gemm{.a = u,
-                   .b = weights.in_proj,
+                   .b = weights.in_proj.view().slice(0, columns),
                    .c = xz,
-                   .bias = view_or_none(weights.in_proj_bias),
+                   .bias = config.bias ? weights.in_proj_bias.view().slice(0, columns) : View{},
                    .tb = true});
   if (saved) saved->u = std::move(u);
   u = Tensor();
-  Tensor y = forward(backend, config, weights, xz, rows, state, saved, false), back;  // (t, e)
+  const View x = xz.view().columns(0, e), z = whole ? xz.view().columns(e, e) : View{};
+  Tensor y = forward(backend, config, weights, x, z, rows, state, saved, false), back;  // (t, e)
+  if (!whole) return {};
   if (config.bidirectional)
-    back = forward(backend, config, weights.back, xz, rows, nullptr, saved ? &saved->back : nullptr,
-                   true);
+    back = forward(backend, config, weights.back, x, z, rows, nullptr,
+                   saved ? &saved->back : nullptr, true);
   if (saved) saved->xz = std::move(xz);
   xz = Tensor();
 
   Tensor out(backend, act, {t, config.d});
-  backend.run(Gemm{.a = saved ? saved->y : y,
+  backend.run(Gemm{.a = y,
                    .b = weights.out_proj,
                    .c = out,
                    .bias = view_or_none(weights.out_proj_bias),
                    .tb = true});
   if (config.bidirectional)
-    backend.run(Gemm{
-        .a = saved ? saved->back.y : back, .b = weights.out_proj, .c = out, .tb = true, .beta = 1});
+    backend.run(Gemm{.a = back, .b = weights.out_proj, .c = out, .tb = true, .beta = 1});
   return out;
 }
 
@@ -197,21 +206,23 @@ void add_weight_gradient(Backend& backend, const View& dout, const View& in,
   backend.run(Gemm{.a = dout, .b = in, .c = dweight, .ta = true, .beta = 1});
 }
 
-// dgated (t, e), the gradient of y → dxz (t, 2e).
+// dout (t, d), of out_proj, and dgated (t, e), of y → dxz (t, 2e). y is not kept but comes out of
+// the scan's backward, and stands in the half of dxz that the convolution's backward writes after
+// it. dconv (t, e) may be dgated.
 Tensor backward(Backend& backend, const Config& config, const Mamba1Direction& weights, View xz,
-                const Mamba1DirectionSaved& saved, const Rows& rows, View dgated,
+                Mamba1DirectionSaved& saved, const Rows& rows, View dout, View dgated, View dconv,
                 const Mamba1State* initial, Mamba1State* dstate, Mamba1Direction& grad,
-                bool reverse) {
+                const Tensor& dout_proj, bool reverse) {
   const int64_t t = rows.total(), e = config.e, n = config.n, r = config.dt_rank;
   const DType act = backend.activations(weights.x_proj.view().dtype);
   Tensor dxz(backend, act, {t, 2 * e});
-  Tensor dconv(backend, act, {t, e});
-  Tensor ddt(backend, act, {t, e});
   Tensor ddbc(backend, act, {t, r + 2 * n});
+  const View dx = dxz.view().columns(0, e), dz = dxz.view().columns(e, e), y = dx;
   const Parts parts = split(config.mixer_norms ? saved.dbc_normed : saved.dbc, config);
   const Parts dparts = split(ddbc, config);
+  const Tensor ddt = std::move(saved.dt);
   backend.run(SelectiveScanBackward{.x = saved.conv,
-                                    .dt = saved.dt,
+                                    .dt = ddt,
                                     .A_log = weights.A_log,
                                     .B = parts.B,
                                     .C = parts.C,
@@ -224,17 +235,19 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Direction& w
                                     .ddt = ddt,
                                     .dB = dparts.B,
                                     .dC = dparts.C,
-                                    .dz = dxz.view().columns(e, e),
+                                    .dz = dz,
+                                    .y = y,
                                     .dA_log = grad.A_log,
                                     .dD = grad.D,
                                     .ddt_bias = grad.dt_bias,
                                     .dstate = dstate ? dstate->ssm.view() : View{},
                                     .rows = &rows,
                                     .reverse = reverse});
+  saved.checkpoints = Tensor();
+  add_weight_gradient(backend, dout, y, dout_proj);
 
   add_weight_gradient(backend, ddt, parts.dt, grad.dt_proj);
   backend.run(Gemm{.a = ddt, .b = weights.dt_proj, .c = dparts.dt});
-  ddt = Tensor();
 
   if (config.mixer_norms) {
     const Parts raw = split(saved.dbc, config);
@@ -249,14 +262,13 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Direction& w
 
   add_weight_gradient(backend, ddbc, saved.conv, grad.x_proj);
   backend.run(Gemm{.a = ddbc, .b = weights.x_proj, .c = dconv, .beta = 1});
-  ddbc = Tensor();
 
   backend.run(Conv1dBackward{.x = xz.columns(0, e),
                              .weight = conv_taps(weights.conv_weight),
                              .dy = dconv,
                              .bias = view_or_none(weights.conv_bias),
                              .state = initial ? initial->conv.view() : View{},
-                             .dx = dxz.view().columns(0, e),
+                             .dx = dx,
                              .dweight = conv_taps(grad.conv_weight),
                              .dbias = view_or_none(grad.conv_bias),
                              .dstate = dstate ? dstate->conv.view() : View{},
@@ -268,7 +280,7 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Direction& w
 }  // namespace
 
 Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
-                const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
+                Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
                 Mamba1State* dstate, Mamba1Weights& grad) {
   const int64_t t = rows.total();
   const DType act = backend.activations(weights.in_proj.view().dtype);
@@ -277,8 +289,6 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
   };
   if (config.bidirectional) initial = dstate = nullptr;
 
-  add_weight_gradient(backend, dy, saved.y, grad.out_proj);
-  if (config.bidirectional) add_weight_gradient(backend, dy, saved.back.y, grad.out_proj);
   add_bias_gradient(dy, grad.out_proj_bias);
   Tensor dgated(backend, act, {t, config.e});  // of y and of y_b alike
   backend.run(Gemm{.a = dy, .b = weights.out_proj, .c = dgated});
@@ -290,13 +300,15 @@ Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& wei
     add_bias_gradient(dxz, grad.in_proj_bias);
     backend.run(Gemm{.a = dxz, .b = weights.in_proj, .c = du, .beta = beta});
   };
-  through_in_proj(backward(backend, config, weights, saved.xz, saved, rows, dgated, initial, dstate,
-                           grad, false),
-                  0);
-  if (config.bidirectional)
-    through_in_proj(backward(backend, config, weights.back, saved.xz, saved.back, rows, dgated,
-                             nullptr, nullptr, grad.back, true),
-                    1);
+  if (config.bidirectional) {
+    const Tensor dconv(backend, act, {t, config.e});
+    through_in_proj(backward(backend, config, weights.back, saved.xz, saved.back, rows, dy, dgated,
+                             dconv, nullptr, nullptr, grad.back, grad.out_proj, true),
+                    0);
+  }
+  through_in_proj(backward(backend, config, weights, saved.xz, saved, rows, dy, dgated, dgated,
+                           initial, dstate, grad, grad.out_proj, false),
+                  config.bidirectional ? 1.0f : 0.0f);
   return du;
 }
 

@@ -33,14 +33,16 @@ struct Mamba1Weights : Mamba1Direction {
 struct Mamba1State {
   Tensor conv;  // (s, w-1, e) f32
   Tensor ssm;   // (s, e, n) f32
+  // Where given, forward of one piece leaves here what they are before its steps every, 2 every, …
+  View conv_marks, ssm_marks;  // (m, w-1, e), (m, e, n) f32
+  int64_t every = 0;           // as SelectiveScan's
 };
 
 struct Mamba1DirectionSaved {
   Tensor conv;                   // (t, e) after SiLU
   Tensor dbc;                    // (t, r + 2n)
-  Tensor dt;                     // (t, e) before bias and softplus
+  Tensor dt;                     // (t, e) before bias and softplus; backward leaves its gradient
   Tensor checkpoints;            // (scan_checkpoints, e, n)
-  Tensor y;                      // (t, e) scan output after the gate
   Tensor dbc_normed, norm_rstd;  // falcon_mamba only: (t, r + 2n), (3, t)
 };
 struct Mamba1Saved : Mamba1DirectionSaved {  // what backward needs; activations of one layer
@@ -52,17 +54,18 @@ struct Mamba1Saved : Mamba1DirectionSaved {  // what backward needs; activations
 // One row per tensor; `prefix` ends in a dot.
 std::vector<Param> declare(const Config& config, Mamba1Weights& weights, const std::string& prefix);
 
-// u (t,d) → (t,d). state: null starts every piece from zero. saved: null for inference.
-// Bidirectional: pieces are whole sequences (from = to = -1), else an error.
+// u (t,d) → (t,d). state: null starts every piece from zero. saved: null for inference. Not
+// `whole`: only what it does to the state, and nothing is returned. Bidirectional: pieces are whole
+// sequences (from = to = -1), else an error.
 Tensor forward(Backend& backend, const Config& config, const Mamba1Weights& weights, Tensor u,
-               const Rows& rows, Mamba1State* state, Mamba1Saved* saved);
+               const Rows& rows, Mamba1State* state, Mamba1Saved* saved, bool whole = true);
 // A layer's operands for decoding in one op; `norm` is that of its block.
 MambaStep::Layer step_operands(const Mamba1Weights& weights, const Mamba1State* state,
                                const Tensor& norm);
-// dy (t,d) → du (t,d); adds to grad. `initial` is the state forward read (null: zero); dstate: in,
-// of the final state, out, of the initial one (null: neither).
+// dy (t,d) → du (t,d); adds to grad and uses `saved` up. `initial` is the state forward read (null:
+// zero); dstate: in, of the final state, out, of the initial one (null: neither).
 Tensor backward(Backend& backend, const Config& config, const Mamba1Weights& weights,
-                const Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
+                Mamba1Saved& saved, const Rows& rows, View dy, const Mamba1State* initial,
                 Mamba1State* dstate, Mamba1Weights& grad);
 
 }  // namespace coil

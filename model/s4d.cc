@@ -36,7 +36,7 @@ std::vector<Param> declare(const Config& config, S4dWeights& weights, const std:
 }
 
 Tensor forward(Backend& backend, const Config& config, const S4dWeights& weights, Tensor u,
-               const Rows& rows, S4dState* state, S4dSaved* saved) {
+               const Rows& rows, S4dState* state, S4dSaved* saved, bool whole) {
   const int64_t t = rows.total(), d = config.d;
   const DType act = backend.activations(weights.output_linear.view().dtype);
   Tensor kept_y;  // (t, d) in training; otherwise y takes the place of u
@@ -59,6 +59,7 @@ Tensor forward(Backend& backend, const Config& config, const S4dWeights& weights
                       .before_gelu = saved ? saved->before_gelu.view() : View{},
                       .rows = &rows,
                       .gelu = true});
+  if (!whole) return {};
 
   Tensor ab(backend, act, {t, 2 * d});
   backend.run(Gemm{.a = y,

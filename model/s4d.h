@@ -35,7 +35,7 @@ std::vector<Param> declare(const Config& config, S4dWeights& weights, const std:
 
 // As those of mamba1.h.
 Tensor forward(Backend& backend, const Config& config, const S4dWeights& weights, Tensor u,
-               const Rows& rows, S4dState* state, S4dSaved* saved);
+               const Rows& rows, S4dState* state, S4dSaved* saved, bool whole = true);
 Tensor backward(Backend& backend, const Config& config, const S4dWeights& weights,
                 const S4dSaved& saved, const Rows& rows, View dy, const S4dState* initial,
                 S4dState* dstate, S4dWeights& grad);

@@ -123,7 +123,7 @@ Tensor forward(Backend& backend, const InnerStage& inner, DType act, Tensor x, c
   return x;
 }
 
-void backward(Backend& backend, const InnerStage& inner, DType act, const InnerSaved& saved,
+void backward(Backend& backend, const InnerStage& inner, DType act, InnerSaved& saved,
               const Rows& rows, const Tensor& dx, InnerState* dstate, InnerStage& grad) {
   const int64_t p = inner.p, coarse = p * dx.view().cols(), d = inner.config.d;
   const Rows& coarse_rows = rows.pooled(p).rows;

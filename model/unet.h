@@ -17,7 +17,7 @@ std::vector<Param> declare(InnerStage& inner, int64_t outer_d, const std::string
 Tensor forward(Backend& backend, const InnerStage& inner, DType act, Tensor x, const Rows& rows,
                InnerState* state, InnerSaved* saved);
 // dx (t,d) f32: in, the gradient of x', out, that of x; adds to grad. dstate as in Backbone.
-void backward(Backend& backend, const InnerStage& inner, DType act, const InnerSaved& saved,
+void backward(Backend& backend, const InnerStage& inner, DType act, InnerSaved& saved,
               const Rows& rows, const Tensor& dx, InnerState* dstate, InnerStage& grad);
 
 }  // namespace coil

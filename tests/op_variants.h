@@ -18,7 +18,8 @@ class OpVariants {
         act_(backend.activations(shape.matrices)),
         rows_(backend, shape.pieces),
         whole_(backend, whole(shape.pieces)),
-        t_(rows_.total()) {
+        t_(rows_.total()),
+        one_(Rows::equal(backend, 1, t_)) {
     add_products();
     add_embeddings();
     add_loss();
@@ -231,6 +232,17 @@ class OpVariants {
     add("selective_scan with sum_dt" + end, with(inputs, {z}), {op.y, summing.sum_dt, op.state},
         summing);
     if (!reverse) {
+      SelectiveScan state_only = summing;
+      state_only.y = {};
+      if (slots > 0)
+        add("selective_scan of the state alone", {op.x, op.dt, op.A_log, op.B, op.dt_bias},
+            {summing.sum_dt, op.state}, state_only);
+      SelectiveScan marking = op;
+      marking.rows = &one_;
+      marking.state = {};
+      marking.every = t_ > 3000 ? 1440 : 32;
+      marking.marks = values({(t_ - 1) / marking.every, e, n});
+      add("selective_scan with marks", with(inputs, {z}), {op.y, marking.marks}, marking);
       op.z = back.z = back.dz = {};
       add("selective_scan without gate", inputs, {op.y, op.state}, op);
     }
@@ -309,6 +321,7 @@ class OpVariants {
   DType act_;
   Rows rows_, whole_;
   int64_t t_;
+  Rows one_;  // all as one sequence
   std::mt19937 random_{9};
   std::vector<Tensor> tensors_;
 };

@@ -31,7 +31,7 @@ struct Operands {
   std::unique_ptr<Backend> backend;
   Rows rows;
   Guarded xz, dt, dbc, A_log, D, dt_bias, y, state, sum_dt, checkpoints;
-  Guarded dxz, ddt, ddbc, dA_log, dD, ddt_bias, dy, dstate;
+  Guarded again, dxz, ddt, ddbc, dA_log, dD, ddt_bias, dy, dstate;
   Guarded start;  // the state before forward
 
   explicit Operands(const Case& c, int threads = 2, unsigned seed = 1)
@@ -54,6 +54,7 @@ struct Operands {
     y = Guarded({t, e});
     sum_dt = Guarded({static_cast<int64_t>(c.pieces.size()), e});
     checkpoints = Guarded({scan_checkpoints(*backend, rows), e, n}, true);
+    again = Guarded({t, e});
     dxz = Guarded({t, 2 * e});
     ddt = Guarded({t, e});
     ddbc = Guarded({t, 4 + 2 * n});
@@ -105,6 +106,7 @@ struct Operands {
             .dB = ddbc.view().columns(4, c.n),
             .dC = ddbc.view().columns(4 + c.n, c.n),
             .dz = c.gate ? dxz.view().columns(c.e, c.e) : View{},
+            .y = c.gate ? again.view() : View{},
             .dA_log = dA_log,
             .dD = dD,
             .ddt_bias = ddt_bias,
@@ -164,6 +166,7 @@ void expect_backward(const Case& c, int64_t most, int threads = 2) {
   expect("B", Guarded::values(op.dB));
   expect("C", Guarded::values(op.dC));
   if (c.gate) expect("z", Guarded::values(op.dz));
+  if (c.gate) expect_close("y once more", o.again.values(), o.y.values(), kForward);
   expect("A_log", difference(o.dA_log.values(), dA_log));  // these three are added to
   expect("D", difference(o.dD.values(), dD));
   expect("dt_bias", difference(o.ddt_bias.values(), ddt_bias));
@@ -179,7 +182,8 @@ void expect_backward(const Case& c, int64_t most, int threads = 2) {
     for (const int64_t i : probes(of_read.size(), most)) some.push_back(of_read[i]);
     expect_gradient(functional, in, "state", after, some, kGradient);
   }
-  for (const Guarded* g : {&o.dxz, &o.ddt, &o.ddbc, &o.dA_log, &o.dD, &o.ddt_bias, &o.dstate})
+  for (const Guarded* g :
+       {&o.dxz, &o.again, &o.ddt, &o.ddbc, &o.dA_log, &o.dD, &o.ddt_bias, &o.dstate})
     g->expect_intact("a gradient");
   for (int64_t row = 0; row < o.rows.total(); ++row)
     for (int64_t j = 0; j < 4; ++j)
@@ -315,6 +319,20 @@ TEST(SelectiveScan, SameBitsTwiceAndCloseForAnyNumberOfThreads) {
       else
         expect_close("an output", all[i], first[i], 1e-4);
   }
+}
+
+// The gradients of x and dt in the places of dy and dt.
+TEST(SelectiveScan, BackwardInPlace) {
+  const Case c{.pieces = ragged_pieces(300), .e = 20, .n = 5};
+  Operands apart(c), same(c);
+  for (Operands* o : {&apart, &same}) o->backend->run(o->forward());
+  apart.backend->run(apart.backward());
+  SelectiveScanBackward in_place = same.backward();
+  in_place.dx = same.dy;
+  in_place.ddt = same.dt;
+  same.backend->run(in_place);
+  EXPECT_EQ(same.dy.values(), Guarded::values(apart.backward().dx));
+  EXPECT_EQ(same.dt.values(), apart.ddt.values());
 }
 
 // A very small delta is exact to a few units in the last place, and large ones neither overflow nor

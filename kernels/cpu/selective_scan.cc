@@ -180,7 +180,7 @@ void scan_cell(const SelectiveScan& op, const Cell& cell, const CellMemory& memo
         z(op.z, piece, op.reverse);
     const Track B(op.B, piece, op.reverse), C(op.C, piece, op.reverse),
         out(op.y, piece, op.reverse);
-    const bool is_short = piece.length <= kShortPiece && !op.checkpoints;
+    const bool is_short = piece.length <= kShortPiece && !op.checkpoints;  // and has no marks
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t channel = cell.first_channel + b * kLanes;
       const int64_t valid = std::min(kLanes, cell.end_channel - channel);
@@ -200,6 +200,8 @@ void scan_cell(const SelectiveScan& op, const Cell& cell, const CellMemory& memo
         const int64_t channel = cell.first_channel + b * kLanes;
         const int64_t valid = std::min(kLanes, cell.end_channel - channel);
         float* const h = states + b * n * kLanes;
+        if (op.marks && first > 0 && first % op.every == 0)
+          store_state(op.marks, static_cast<int32_t>(first / op.every - 1), channel, valid, h);
         if (op.checkpoints) {
           float* to =
               op.checkpoints.as<float>() +
@@ -217,11 +219,12 @@ void scan_cell(const SelectiveScan& op, const Cell& cell, const CellMemory& memo
           const int64_t next = same_steps ? first : first + kScanBlock;
           const int64_t column = same_steps ? channel + kLanes : cell.first_channel;
           const Ahead<4> ahead(next, std::min(kScanBlock, piece.length - next), column,
-                               {x, dt, out, z.first ? z : x});
+                               {x, dt, out.first ? out : x, z.first ? z : x});
           scan_all_states(n, rates + b * n * kLanes, h, B.from(first, 0), C.from(first, 0), delta,
                           u, y, steps, ahead);
         }
-        finish(y, z.first ? z.from(first, channel) : z, out.from(first, channel), valid, steps);
+        if (out.first)
+          finish(y, z.first ? z.from(first, channel) : z, out.from(first, channel), valid, steps);
       }
     }
 
@@ -259,12 +262,14 @@ int64_t scan_cell_floats(int64_t channels, int64_t n) {
 void CpuBackend::run(const SelectiveScan& op) {
   check_scan_operands("selective_scan", *this, op);
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
-  expect("selective_scan", "y", op.y, DType::f32, {t, e});
+  expect_if("selective_scan", "y", op.y, DType::f32, {t, e});
   check(op.y.data != op.x.data, "selective_scan: y is x, expected another tensor");
+  check(op.y || !op.checkpoints, "selective_scan: checkpoints are given without y");
   expect_if("selective_scan", "sum_dt", op.sum_dt, DType::f32,
             {static_cast<int64_t>(op.rows->pieces().size()), e});
   if (op.state || op.rows->slots() > 0)
     check_scan_state("selective_scan", "state", op.state, *op.rows, e, n);
+  expect_marks("selective_scan", op.marks, *op.rows, op.every, e, n);
   if (t == 0 || e == 0) return;
 
   // Several cells a thread: which of them runs which makes no difference to the result.

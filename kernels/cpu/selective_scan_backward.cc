@@ -40,7 +40,7 @@ struct CellMemory {
 };
 
 constexpr int kStatesPerPass = 4;   // so that the scratch of a pass stays in L1
-constexpr int64_t kStepArrays = 8;  // of StepScratch
+constexpr int64_t kStepArrays = 9;  // of StepScratch
 
 // Floats of scratch per cell of `blocks` blocks of channels.
 int64_t scratch_floats(int64_t blocks, int64_t n, int64_t lanes) {
@@ -66,6 +66,7 @@ struct StepScratch {
   float *delta, *u, *slope;  // softplus, delta x, derivative of softplus
   float *dy, *dgate;         // gradient before the gate; gradient of z over y before the gate
   float *y, *ddelta, *du;    // y before the gate; d/d delta (of the decays, per log 2), d/du
+  float* silu;               // the gate
 };
 
 HWY_INLINE void prepare_backward(const SelectiveScanBackward& op, Track x, Track dt, Track z,
@@ -90,6 +91,7 @@ HWY_INLINE void prepare_backward(const SelectiveScanBackward& op, Track x, Track
       // silu' = sigmoid + silu (1 - sigmoid)
       hn::Store(hn::Mul(gradient, hn::MulAdd(silu, hn::Sub(one, part), part)), d,
                 to.dgate + s * kLanes);
+      hn::Store(silu, d, to.silu + s * kLanes);
       gradient = hn::Mul(gradient, silu);
     }
     hn::Store(gradient, d, to.dy + s * kLanes);
@@ -165,9 +167,9 @@ HWY_INLINE void scan_states_backward(const float* HWY_RESTRICT rates, float* HWY
   }
 }
 
-// The gradients of x, dt and z of one block; adds to dD and dbias (lanes).
+// The gradients of x, dt and z of one block, and y; adds to dD and dbias (lanes).
 HWY_INLINE void finish_backward(const SelectiveScanBackward& op, Track x, Track dx, Track ddt,
-                                Track dz, int64_t channel, int64_t valid, int64_t steps,
+                                Track dz, Track y, int64_t channel, int64_t valid, int64_t steps,
                                 const StepScratch& from, float* dD, float* dbias) {
   const V D = load_part(d, op.D.as<float>() + channel, valid), log2 = hn::Set(d, kLn2);
   V sum_D = hn::Zero(d), sum_bias = hn::Zero(d);
@@ -181,6 +183,9 @@ HWY_INLINE void finish_backward(const SelectiveScanBackward& op, Track x, Track 
     if (dz.first)
       store_part(d, hn::Mul(hn::Load(d, from.dgate + s * kLanes), hn::Load(d, from.y + s * kLanes)),
                  dz.at(s), valid);
+    if (y.first)
+      store_part(d, hn::Mul(hn::Load(d, from.silu + s * kLanes), hn::Load(d, from.y + s * kLanes)),
+                 y.at(s), valid);
     sum_D = hn::MulAdd(gradient, input, sum_D);
     sum_bias = hn::Add(sum_bias, dbefore);
   }
@@ -208,7 +213,8 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
   const auto at = [=](int64_t b) {
     float* const first = steps_of_blocks + b * kStepArrays * kScanBlock * kLanes;
     const auto part = [=](int64_t k) { return first + k * kScanBlock * kLanes; };
-    return StepScratch{part(0), part(1), part(2), part(3), part(4), part(5), part(6), part(7)};
+    return StepScratch{part(0), part(1), part(2), part(3), part(4),
+                       part(5), part(6), part(7), part(8)};
   };
   float* const decays = take(kScanBlock * kStatesPerPass);  // (steps, states, lanes)
   float* const states =
@@ -231,7 +237,7 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
     const Track B(op.B, piece, op.reverse), C(op.C, piece, op.reverse),
         dy(op.dy, piece, op.reverse);
     const Track dx(op.dx, piece, op.reverse), ddt(op.ddt, piece, op.reverse),
-        dz(op.dz, piece, op.reverse);
+        dz(op.dz, piece, op.reverse), y(op.y, piece, op.reverse);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t channel = cell.first_channel + b * kLanes;
       if (op.dstate && piece.to >= 0)
@@ -279,7 +285,8 @@ void scan_backward_cell(const SelectiveScanBackward& op, const Cell& cell,
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t channel = cell.first_channel + b * kLanes;
         finish_backward(op, x.from(first, channel), dx.from(first, channel),
-                        ddt.from(first, channel), dz.first ? dz.from(first, channel) : dz, channel,
+                        ddt.from(first, channel), dz.first ? dz.from(first, channel) : dz,
+                        y.first ? y.from(first, channel) : y, channel,
                         std::min(kLanes, cell.end_channel - channel), steps, at(b), dD + b * kLanes,
                         dbias + b * kLanes);
       }
@@ -333,6 +340,8 @@ void CpuBackend::run(const SelectiveScanBackward& op) {
   expect(name, "ddt_bias", op.ddt_bias, DType::f32, {e});
   if (op.z) expect(name, "dz", op.dz, DType::f32, {t, e});
   check(op.z || !op.dz, "{}: dz is given without z", name);
+  expect_if(name, "y", op.y, DType::f32, {t, e});
+  check(op.z || !op.y, "{}: y is given without z", name);
   if (op.dstate) check_scan_state(name, "dstate", op.dstate, *op.rows, e, n);
   if (t == 0 || e == 0) return;
 

@@ -96,6 +96,8 @@ struct Scan : ScanOperands<T> {
   float* sums;    // (tiles, e): of delta; with carry
   float* sum_dt;  // (pieces, e) or null
   int64_t sum_dt_stride;
+  float* marks;  // (m, e, n) or null: states carried into every so many tiles
+  int64_t mark_tiles;
   float* partial_y;  // (t, e): y of the groups of states so far; null with one group
 
   __device__ bool is_last_group() const { return (this->group + 1) * kStates >= this->n; }
@@ -110,12 +112,86 @@ struct ScanSpan {
   int64_t begin, end;  // steps of the piece
 };
 template <class T>
-__device__ ScanSpan span_of(const ScanOperands<T>& op, int64_t tile) {
-  const int p = piece_of(op.first, op.pieces_count, static_cast<int32_t>(tile));
+__device__ ScanSpan span_of(const ScanOperands<T>& op, const int32_t* first, int64_t length,
+                            int64_t tile) {
+  const int p = piece_of(first, op.pieces_count, static_cast<int32_t>(tile));
   const Piece piece = op.pieces[p];
-  const int64_t begin = (tile - op.first[p]) * op.tile_length;
-  return {piece, p, begin, min(begin + op.tile_length, piece.length)};
+  const int64_t begin = (tile - first[p]) * length;
+  return {piece, p, begin, min(begin + length, piece.length)};
 }
+template <class T>
+__device__ ScanSpan span_of(const ScanOperands<T>& op, int64_t tile) {
+  return span_of(op, op.first, op.tile_length, tile);
+}
+
+// Tiles of a piece that a thread of the carry takes in a row, slices of them in a block.
+constexpr int kCarryTiles = 16, kCarrySlices = 16;
+
+// The carry over the tiles of piece p, `length` steps, from the first or (kBack) from the last, in
+// op.carry: what a tile hands on if nothing comes in becomes what comes in,
+//   in(k+1) = exp(A sum delta(k)) in(k) + local(k).
+// A block of 32 channels of state i; its slices take kCarryTiles tiles each, side by side, join
+// what they hand on and go over theirs once more: two ways to memory for all of 256 tiles. see(k,
+// what comes into the k-th tile). Returns what the last tile hands on; total: the sum of delta.
+template <bool kBack, class Op, class See>
+__device__ float carry_over(const Op& op, int64_t p, int64_t length, int i, int64_t channel,
+                            float in, float& total, const See& see) {
+  __shared__ float decays[kCarrySlices][32], ends[kCarrySlices][32], deltas[kCarrySlices][32];
+  const int lane = threadIdx.x, slice = threadIdx.y, slices = blockDim.y;
+  const int64_t first = op.first[p], count = (length + op.tile_length - 1) / op.tile_length;
+  const bool here = channel < op.e;
+  const float rate = here ? op.rate(channel, i) : 0;
+  total = 0;
+  for (int64_t begin = 0; begin < count; begin += slices * kCarryTiles) {
+    const int64_t own = begin + slice * kCarryTiles;
+    const int64_t there = here ? min(count - own, int64_t{kCarryTiles}) : 0;
+    const auto tile = [&](int k) { return first + (kBack ? count - 1 - own - k : own + k); };
+    float local[kCarryTiles], sum[kCarryTiles];
+#pragma unroll
+    for (int k = 0; k < kCarryTiles; ++k) {
+      local[k] = k < there ? op.carry[op.in_tile(tile(k), i, channel)] : 0;
+      sum[k] = k < there ? op.sums[tile(k) * op.e + channel] : 0;
+    }
+    float end = 0, delta = 0;
+#pragma unroll
+    for (int k = 0; k < kCarryTiles; ++k) {
+      end = fmaf(fast_exp2(rate * sum[k]), end, local[k]);
+      delta += sum[k];
+    }
+    __syncthreads();  // what the slices before these handed on has been read
+    decays[slice][lane] = fast_exp2(rate * delta);
+    ends[slice][lane] = end;
+    deltas[slice][lane] = delta;
+    __syncthreads();
+    float at = in;
+    for (int s = 0; s < slices; ++s) {
+      if (s == slice) at = in;
+      in = fmaf(decays[s][lane], in, ends[s][lane]);
+      total += deltas[s][lane];
+    }
+#pragma unroll
+    for (int k = 0; k < kCarryTiles; ++k) {
+      if (k < there) {
+        op.carry[op.in_tile(tile(k), i, channel)] = at;
+        see(own + k, at);
+      }
+      at = fmaf(fast_exp2(rate * sum[k]), at, local[k]);
+    }
+  }
+  return in;
+}
+// Blocks and threads of a kernel that carries over pieces: piece, 32 channels, state.
+struct CarryGrid {
+  dim3 blocks, threads;
+  CarryGrid(const Rows& rows, int64_t tile_length, int64_t e, int states) {
+    int64_t longest = 1;
+    for (const Piece& piece : rows.pieces()) longest = std::max(longest, piece.length);
+    const int64_t slices = div_up(div_up(longest, tile_length), kCarryTiles);
+    blocks = {static_cast<unsigned>(rows.pieces().size()), static_cast<unsigned>(div_up(e, 32)),
+              static_cast<unsigned>(states)};
+    threads = {32, static_cast<unsigned>(std::min<int64_t>(slices, kCarrySlices))};
+  }
+};
 
 // Two neighbouring channels of an activation.
 __device__ inline float2 pair(const float* from) { return *reinterpret_cast<const float2*>(from); }
@@ -333,27 +409,54 @@ void fill_operands(const Op& op, ScanOperands<T>& to) {
       op.checkpoints ? op.rows->tiles(kScanSteps).first.template as<int32_t>() : nullptr;
 }
 
-// Steps of a tile: whole pieces where they fill the card or are short; else so long that the blocks
-// come in whole waves of what runs at once, `at_once` blocks, and a wave's end wastes little.
-// Returns a multiple of kScanSteps, at least the longest piece where pieces stay whole.
-inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_once) {
+// What it costs, in half steps of a block on a multiprocessor, if pieces go through in tiles of so
+// many steps, `at_once` blocks on each of `processors` together. A last wave that does not fill
+// them takes between its share of the work and as long as a whole one.
+inline int64_t cost_of_tiles(const Rows& rows, int64_t length, int64_t channel_blocks,
+                             int64_t at_once, int64_t processors) {
+  constexpr int64_t kBegin = 32;  // a block's beginning takes as long as about so many steps
+  const auto pieces = static_cast<int64_t>(rows.pieces().size());
+  int64_t tiles = rows.total() / length + (pieces + 1) / 2;  // of many pieces about so many
+  if (pieces <= 64) {
+    tiles = 0;
+    for (const Piece& piece : rows.pieces()) tiles += div_up(piece.length, length);
+  }
+  const int64_t blocks = tiles * channel_blocks, wave = at_once * processors;
+  const int64_t rest = div_up(blocks % wave, processors);
+  const int64_t halves = 2 * at_once * (blocks / wave) + (rest > 0 ? rest + at_once : 0);
+  return halves * (length + kBegin);
+}
+
+// Steps of a tile: whole pieces where they fill the card or are short; else so long that blocks
+// come in whole waves of what runs at once and a wave's end wastes little. Returns a multiple of
+// kScanSteps, at least the longest piece where pieces stay whole; where `every` is given, a divisor
+// of it.
+inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_once,
+                           int64_t processors, int64_t every = 0) {
   int64_t longest = 1;
   for (const Piece& piece : rows.pieces()) longest = std::max(longest, piece.length);
   const int64_t whole = div_up(longest, kScanSteps) * kScanSteps;
   const auto pieces = static_cast<int64_t>(rows.pieces().size());
-  if (whole <= 64 || pieces * channel_blocks >= at_once) return whole;
-  constexpr int64_t kBegin = 32;  // a block's beginning takes as long as about so many steps
+  if (every == 0 && (whole <= 64 || pieces * channel_blocks >= at_once * processors)) return whole;
   int64_t best = 0, best_cost = 0;
-  for (int64_t length = 128; length <= 1024; length += 32) {
-    int64_t tiles = rows.total() / length + (pieces + 1) / 2;  // of many pieces about so many
-    if (pieces <= 64) {
-      tiles = 0;
-      for (const Piece& piece : rows.pieces()) tiles += div_up(piece.length, length);
-    }
-    const int64_t cost = div_up(tiles * channel_blocks, at_once) * (length + kBegin);
+  for (int64_t length = 128; length <= 1024; length += kScanSteps) {
+    if (every % length != 0) continue;
+    const int64_t cost = cost_of_tiles(rows, length, channel_blocks, at_once, processors);
     if (best == 0 || cost < best_cost) best = length, best_cost = cost;
   }
-  return std::min(best, whole);
+  return every > 0 && best == 0 ? every : std::min(best, whole);
+}
+
+// The multiple of `length` that is cheapest for blocks of which fewer run at once.
+inline int64_t longer_tiles(const Rows& rows, int64_t length, int64_t channel_blocks,
+                            int64_t at_once, int64_t processors) {
+  constexpr int64_t kMost = 8;
+  int64_t best = 0, best_cost = 0;
+  for (int64_t k = 1; k <= kMost; ++k) {
+    const int64_t cost = cost_of_tiles(rows, k * length, channel_blocks, at_once, processors);
+    if (best == 0 || cost < best_cost) best = k * length, best_cost = cost;
+  }
+  return best;
 }
 
 }  // namespace coil::cuda

@@ -33,23 +33,26 @@ struct Kept {
   float4 rate[kStates / kFew][kThreads], carried[kStates / kFew][kThreads];
   float4 dA[kStates / kFew][kThreads];
   float before[kWalkSlots][kStates][kThreads];  // states before a slot's first step
-  // Of each step the slope of softplus, and that of the gate times dy.
-  float slope[kScanSteps][kThreads], gate[kScanSteps][kThreads];
+  // Of each step the slope of softplus, that of the gate times dy, and the gate.
+  float slope[kScanSteps][kThreads], gate[kScanSteps][kThreads], silu[kScanSteps][kThreads];
 };
 
 template <class T>
 struct ScanBack : ScanOperands<T> {
   const T* dy;
-  T *dx, *ddt, *dz;
-  int64_t dy_stride, dx_stride, ddt_stride, dz_stride;
-  float* carry;   // (tiles, kStates, e): handed on locally, then carried in; or null
-  float* sums;    // (tiles, e): of delta; with carry
+  T *dx, *ddt, *dz, *y;  // y null: not asked for
+  int64_t dy_stride, dx_stride, ddt_stride, dz_stride, y_stride;
+  float* carry;  // (tiles, kStates, e): handed on locally, then carried in; or null
+  float* sums;   // (tiles, e): of delta; with carry
+  // Of the walk, whose tiles are whole numbers of the others, so that fewer blocks have to begin.
+  const int32_t* walk_first;
+  int64_t walk_length;
   float* dstate;  // (s,e,n) or null
   int64_t dslot_stride, dstate_stride;
   float* dinitial;    // (pieces, kStates, e) or null
   float* partial_BC;  // (blocks of channels, t, 2 kStates): dB | dC
-  float* partial_A;   // (tiles, kStates, e)
-  float* partial_D;   // (tiles, 2, e): dD | ddt_bias
+  float* partial_A;   // (tiles of the walk, kStates, e)
+  float* partial_D;   // (tiles of the walk, 2, e): dD | ddt_bias
   float* between;     // (3, t, e): y before the gate, dx, ddelta of the groups so far; or null
   int64_t t, planes;  // rows; blocks of channels in partial_BC
 
@@ -86,8 +89,8 @@ __device__ float4 sum_quads(const float* v) {
   return {sum[0], sum[1], sum[2], sum[3]};
 }
 
-// A block takes kThreads channels over one tile. kRare: without gate, or of other than kStates
-// states; of more the results come in parts.
+// A block takes kThreads channels over one tile of the walk. kRare: without gate, or of other than
+// kStates states; of more the results come in parts.
 template <class T, bool kWords, bool kRare>
 __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const ScanBack<T> op) {
   using Arrays = Ring<T, 4, kThreads, kWalkSlots, kWords, true>;  // x, dt, dy, z
@@ -95,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   __shared__ Matrices matrices[2];
   Kept& keep = *reinterpret_cast<Kept*>(memory);
   const int64_t tile = blockIdx.x;
-  const ScanSpan span = span_of(op, tile);
+  const ScanSpan span = span_of(op, op.walk_first, op.walk_length, tile);
   const int direction = op.reverse ? -1 : 1, steps = static_cast<int>(span.end - span.begin);
   const int64_t first_row = op.row(span.piece, span.begin);
   const int64_t block_channel = blockIdx.y * static_cast<int64_t>(kThreads);
@@ -143,8 +146,9 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     if (active) {
       op.rates(channel, rate);
       if (op.carry) {
+        const int64_t last_tile = op.first[span.p] + (span.end - 1) / op.tile_length;
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) carried[i] = op.carry[op.in_tile(tile, i, channel)];
+        for (int i = 0; i < kStates; ++i) carried[i] = op.carry[op.in_tile(last_tile, i, channel)];
       } else if (op.dstate && span.piece.to >= 0) {
         const float* const from = op.dstate_at(span.piece.to, channel);
 #pragma unroll
@@ -163,16 +167,13 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   on_the_way.keep(matrices[0]);
   on_the_way.load();
 
-  // Where a slot's first step is written, and how far the next one is.
-  T* dx_at = op.dx + first_row * op.dx_stride + channel;
-  T* ddt_at = op.ddt + first_row * op.ddt_stride + channel;
-  T* dz_at = op.dz + first_row * op.dz_stride + channel;
-  const int dx_hop = direction * static_cast<int>(op.dx_stride);
-  const int ddt_hop = direction * static_cast<int>(op.ddt_stride);
-  const int dz_hop = direction * static_cast<int>(op.dz_stride);
-  dx_at += static_cast<int64_t>(last) * dx_hop;
-  ddt_at += static_cast<int64_t>(last) * ddt_hop;
-  dz_at += static_cast<int64_t>(last) * dz_hop;
+  // What goes out lies in the slot that it was computed from and is copied from there as it came,
+  // kAtOnce rows of kWord channels a thread; where rows are not whole words, each thread writes its
+  // own.
+  constexpr int kOutWord = 16 / sizeof(T), kAcross = kThreads / kOutWord;
+  constexpr int kAtOnce = kThreads / kAcross;
+  const int out_row = threadIdx.x / kAcross, out_column = threadIdx.x % kAcross * kOutWord;
+  const bool out_there = block_channel + out_column < op.e;
   int slot = 0;
   for (int begin = last, k = 0; begin >= 0; begin -= kScanSteps, ++k) {
     wait_for_slot<kWalkSlots>();
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     on_the_way.keep(matrices[(k + 1) % 2]);
     on_the_way.load();
     fetch(1 - slot, begin > 0);
-    const typename Arrays::Slot& in = ring.slots[slot];
+    typename Arrays::Slot& in = ring.slots[slot];
     const Matrices& matrix = matrices[k % 2];
     const int left = steps - begin;  // kScanSteps or more, except at the end
     // All loads before the first store, which the compiler may not move them over.
@@ -205,6 +206,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       if (!gate) continue;
       const float sigmoid = sigmoid_of(z[s]), silu = z[s] * sigmoid;
       keep.gate[s][threadIdx.x] = dy[s] * fmaf(silu, 1 - sigmoid, sigmoid);
+      keep.silu[s][threadIdx.x] = silu;
       dy[s] *= silu;
     }
     if (left < kScanSteps) {
@@ -266,12 +268,14 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       *reinterpret_cast<float4*>(to + 4 * kStepGap + kStates) = sum_quads<T>(h + 16);
     }
     const int64_t row = first_row + static_cast<int64_t>(direction) * begin;
-    float slope[kScanSteps];
+    float slope[kScanSteps], silu[kScanSteps];
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {  // loads first, again
       x[s] = to_float(in[0][s][threadIdx.x]);
       slope[s] = keep.slope[s][threadIdx.x];
-      if (gate) z[s] = keep.gate[s][threadIdx.x];
+      if (!gate) continue;
+      z[s] = keep.gate[s][threadIdx.x];
+      silu[s] = keep.silu[s][threadIdx.x];
     }
 #pragma unroll
     for (int s = 0; s < kScanSteps; ++s) {
@@ -297,28 +301,36 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
       dD = fmaf(dy[s], x[s], dD);
       ddelta[s] *= slope[s];  // ddt
       dbias += ddelta[s];
-      y[s] = z[s] * fmaf(D, x[s], y[s]);  // dz
-      dx[s] = fmaf(D, dy[s], dx[s]);
+      y[s] = fmaf(D, x[s], y[s]);  // before the gate
+      in[0][s][threadIdx.x] = from_float<T>(fmaf(D, dy[s], dx[s]));
+      in[1][s][threadIdx.x] = from_float<T>(ddelta[s]);
+      if (!gate) continue;
+      in[2][s][threadIdx.x] = from_float<T>(silu[s] * y[s]);
+      in[3][s][threadIdx.x] = from_float<T>(z[s] * y[s]);  // dz
     }
-    const auto store = [&](int s) {
-      if (gate) dz_at[static_cast<int64_t>(s) * dz_hop] = from_float<T>(y[s]);
-      dx_at[static_cast<int64_t>(s) * dx_hop] = from_float<T>(dx[s]);
-      ddt_at[static_cast<int64_t>(s) * ddt_hop] = from_float<T>(ddelta[s]);
-    };
-    if (active && (!kRare || op.is_last_group())) {
-      if (left >= kScanSteps) {
+    __syncthreads();  // sums are whole; what goes out is there
+    if (!kRare || op.is_last_group()) {
+      const auto write = [&](T* to, int64_t stride, int array) {
+        if constexpr (kWords) {
 #pragma unroll
-        for (int s = 0; s < kScanSteps; ++s) store(s);
-      } else {
-#pragma unroll
-        for (int s = 0; s < kScanSteps; ++s)
-          if (s < left) store(s);
-      }
+          for (int r = 0; r < kScanSteps; r += kAtOnce) {
+            const int s = r + out_row;
+            if (s < left && out_there)
+              *reinterpret_cast<float4*>(to + (row + direction * s) * stride + block_channel +
+                                         out_column) =
+                  *reinterpret_cast<const float4*>(&in[array][s][out_column]);
+          }
+        } else {
+          for (int s = 0; s < kScanSteps; ++s)
+            if (s < left && active)
+              to[(row + direction * s) * stride + channel] = in[array][s][threadIdx.x];
+        }
+      };
+      write(op.dx, op.dx_stride, 0);
+      write(op.ddt, op.ddt_stride, 1);
+      if (op.y) write(op.y, op.y_stride, 2);
+      if (gate) write(op.dz, op.dz_stride, 3);
     }
-    dx_at -= kScanSteps * dx_hop;
-    ddt_at -= kScanSteps * ddt_hop;
-    dz_at -= kScanSteps * dz_hop;
-    __syncthreads();  // sums are whole
     const int s = threadIdx.x / kStates, two = threadIdx.x % kStates * 2;
     float2 sum = {0, 0};
 #pragma unroll

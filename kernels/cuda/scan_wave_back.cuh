@@ -18,10 +18,11 @@ namespace coil::cuda {
 
 constexpr int kBackWarps = 8, kFours = kStates / kFew;
 
-// f32 leaves no room for these two: they take the places of dt and z, which are used up by then.
+// Of each step the slope of softplus, that of the gate times dy, and the gate. f32 leaves no room
+// for them: they take the places of dt, z and dy, which are used up by then.
 template <class T>
 struct SlopeAndGate {
-  float slope[kScanSteps][32], gate[kScanSteps][32];
+  float slope[kScanSteps][32], gate[kScanSteps][32], silu[kScanSteps][32];
 };
 template <>
 struct SlopeAndGate<float> {};
@@ -173,12 +174,14 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
     float dD = 0, dbias = 0;
     // Where this lane writes: words of rows of dx, ddt and dz, four of a row's sums.
     const int64_t out_row = row_of(last_tile, word_row);
-    T* to[3] = {op.dx + out_row * op.dx_stride + block_channel + word,
-                op.ddt + out_row * op.ddt_stride + block_channel + word,
-                op.dz + out_row * op.dz_stride + block_channel + word};
-    const int to_hop[3] = {direction * static_cast<int>(op.dx_stride),
-                           direction * static_cast<int>(op.ddt_stride),
-                           direction * static_cast<int>(op.dz_stride)};
+    constexpr int kOut = 4;
+    T* to[kOut] = {op.dx + out_row * op.dx_stride + block_channel + word,
+                   op.ddt + out_row * op.ddt_stride + block_channel + word,
+                   op.dz + out_row * op.dz_stride + block_channel + word,
+                   op.y + out_row * op.y_stride + block_channel + word};
+    const int to_hop[kOut] = {
+        direction * static_cast<int>(op.dx_stride), direction * static_cast<int>(op.ddt_stride),
+        direction * static_cast<int>(op.dz_stride), direction * static_cast<int>(op.y_stride)};
     float4* sum_at = reinterpret_cast<float4*>(op.partial_BC) +
                      (blockIdx.y * op.t + row_of(last_tile, lane / 8)) * 8 + lane % 8;
     const bool add = block_channel > begin_channel;  // to sums of the channels before
@@ -201,12 +204,13 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
       T(&in)[4][kScanSteps][32] = own.act[buffer];
       const auto kept = [&](int i) -> float(&)[kScanSteps][32] {
         if constexpr (std::is_same_v<T, float>)
-          return in[i == 0 ? 1 : 3];
+          return in[i == 0 ? 1 : i == 1 ? 3 : 2];
         else
-          return i == 0 ? own.more.slope : own.more.gate;
+          return i == 0 ? own.more.slope : i == 1 ? own.more.gate : own.more.silu;
       };
       float(&kept_slope)[kScanSteps][32] = kept(0);
       float(&kept_gate)[kScanSteps][32] = kept(1);
+      float(&kept_silu)[kScanSteps][32] = kept(2);
       const int left = steps - tile * kScanSteps;  // kScanSteps or more, except at the end
       // All loads before the first store, which the compiler may not move them over.
       float dt[kScanSteps], x[kScanSteps], z[kScanSteps], dy[kScanSteps];
@@ -229,6 +233,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
         u[s] = delta[s] * x[s];
         const float sigmoid = sigmoid_of(z[s]), silu = z[s] * sigmoid;
         kept_gate[s][lane] = dy[s] * fmaf(silu, 1 - sigmoid, sigmoid);
+        kept_silu[s][lane] = silu;
         dy[s] *= silu;
       }
       if (left < kScanSteps) {
@@ -311,7 +316,9 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
         dD = fmaf(dy[s], x[s], dD);
         dbias += ddelta[s];
         in[1][s][lane] = from_float<T>(ddelta[s]);
-        in[3][s][lane] = from_float<T>(z[s] * fmaf(D, x[s], y[s]));
+        y[s] = fmaf(D, x[s], y[s]);  // before the gate
+        in[2][s][lane] = from_float<T>(kept_silu[s][lane] * y[s]);
+        in[3][s][lane] = from_float<T>(z[s] * y[s]);
         in[0][s][lane] = from_float<T>(fmaf(D, dy[s], dx[s] * delta[s]));
       }
 #pragma unroll
@@ -334,14 +341,15 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
       }
       sum_at -= direction * int64_t{kHop} * 8;
       __syncwarp();  // what goes out is there
-      constexpr int kOut[3] = {0, 1, 3};
+      constexpr int kFrom[kOut] = {0, 1, 3, 2};
 #pragma unroll
-      for (int a = 0; a < 3; ++a) {
+      for (int a = 0; a < kOut; ++a) {
+        if (a == 3 && !op.y) continue;
 #pragma unroll
         for (int r = 0; r < kScanSteps; r += kRows)
           if (r + word_row < left)
             *reinterpret_cast<float4*>(to[a] + static_cast<int64_t>(r) * to_hop[a]) =
-                *reinterpret_cast<const float4*>(&in[kOut[a]][r + word_row][word]);
+                *reinterpret_cast<const float4*>(&in[kFrom[a]][r + word_row][word]);
         to[a] -= static_cast<int64_t>(kHop) * to_hop[a];
       }
       buffer ^= 1;

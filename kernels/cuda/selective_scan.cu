@@ -184,35 +184,22 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
   }
 }
 
-// A thread per piece, state and channel. Reads and writes the slots' states: nothing else does.
+// Reads and writes the slots' states: nothing else does.
 template <class T>
-__global__ void __launch_bounds__(kThreads) carry_kernel(const Scan<T> op) {
-  constexpr int kAhead = 8;
-  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t channel = index % op.e;
-  const int i = static_cast<int>(index / op.e % kStates);
-  const int64_t p = index / (op.e * kStates);
-  if (p >= op.pieces_count || i >= op.states()) return;
+__global__ void __launch_bounds__(32 * kCarrySlices) carry_kernel(const Scan<T> op) {
+  const int64_t p = blockIdx.x, channel = blockIdx.y * int64_t{32} + threadIdx.x;
+  const int i = static_cast<int>(blockIdx.z);
+  if (i >= op.states()) return;
   const Piece piece = op.pieces[p];
-  const float rate = op.rate(channel, i);
-  float h = piece.from >= 0 ? op.state_at(piece.from, channel)[i] : 0, total = 0;
-  const int64_t end = op.first[p] + (piece.length + op.tile_length - 1) / op.tile_length;
-  for (int64_t tile = op.first[p]; tile < end; tile += kAhead) {
-    float local[kAhead], sum[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (tile + k >= end) break;
-      local[k] = op.carry[op.in_tile(tile + k, i, channel)];
-      sum[k] = op.sums[(tile + k) * op.e + channel];
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (tile + k >= end) break;
-      op.carry[op.in_tile(tile + k, i, channel)] = h;
-      h = fmaf(fast_exp2(rate * sum[k]), h, local[k]);
-      total += sum[k];
-    }
-  }
+  const bool here = channel < op.e;
+  const float begin = here && piece.from >= 0 ? op.state_at(piece.from, channel)[i] : 0;
+  float total;
+  const auto mark = [&](int64_t tile, float h) {
+    if (op.marks && tile > 0 && tile % op.mark_tiles == 0)
+      op.marks[((tile / op.mark_tiles - 1) * op.e + channel) * op.n + op.group * kStates + i] = h;
+  };
+  const float h = carry_over<false>(op, p, piece.length, i, channel, begin, total, mark);
+  if (threadIdx.y > 0 || !here) return;
   if (piece.to >= 0) op.state_at(piece.to, channel)[i] = h;
   if (op.sum_dt && i == 0 && op.group == 0) op.sum_dt[p * op.sum_dt_stride + channel] = total;
 }
@@ -229,15 +216,15 @@ void launch(const Scan<T>& scan, int64_t tiles, cudaStream_t stream) {
 }
 
 template <class T, bool kWords>
-void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
+void run_groups(Scan<T> scan, const Rows& rows, int64_t tiles, cudaStream_t stream) {
   for (; scan.group * kStates < scan.n; ++scan.group) {
     if (scan.carry) {
       launch<T, kWords, true, false>(scan, tiles, stream);
-      const int64_t threads = scan.pieces_count * scan.e * kStates;
-      carry_kernel<T>
-          <<<static_cast<unsigned>(div_up(threads, kThreads)), kThreads, 0, stream>>>(scan);
+      const CarryGrid grid(rows, scan.tile_length, scan.e, kStates);
+      carry_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(scan);
       check_launch("selective_scan");
     }
+    if (!scan.y) continue;
     if (scan.partial_y || !scan.z || (scan.sum_dt && !scan.carry))
       launch<T, kWords, false, true>(scan, tiles, stream);
     else
@@ -250,7 +237,8 @@ void run_groups(Scan<T> scan, int64_t tiles, cudaStream_t stream) {
 // 90 cycles a step however little else runs, two passes about 310 issue slots a channel's step.
 bool in_wave(const SelectiveScan& op, int processors) {
   const int64_t e = op.x.cols();
-  if (op.A_log.cols() != kStates || !op.z || op.sum_dt || e % 32 != 0) return false;
+  if (op.A_log.cols() != kStates || !op.y || !op.z || op.sum_dt || op.marks || e % 32 != 0)
+    return false;
   if (!in_fours(op.B) || !in_fours(op.C)) return false;
   int64_t longest = 1;
   for (const Piece& piece : op.rows->pieces()) longest = std::max(longest, piece.length);
@@ -263,13 +251,16 @@ void CudaBackend::run(const SelectiveScan& op) {
   check_scan("selective_scan", *this, op);
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
   const auto pieces = static_cast<int64_t>(op.rows->pieces().size());
-  expect("selective_scan", "y", op.y, op.x.dtype, {t, e});
+  expect_if("selective_scan", "y", op.y, op.x.dtype, {t, e});
   expect_here("selective_scan", "y", op.y, device());
   check(op.y.data != op.x.data, "selective_scan: y is x, expected another tensor");
+  check(op.y || !op.checkpoints, "selective_scan: checkpoints are given without y");
   expect_if("selective_scan", "sum_dt", op.sum_dt, DType::f32, {pieces, e});
   expect_here("selective_scan", "sum_dt", op.sum_dt, device());
   if (op.state || op.rows->slots() > 0)
     check_scan_state("selective_scan", "state", *this, op.state, *op.rows, e, n);
+  expect_marks("selective_scan", op.marks, *op.rows, op.every, e, n);
+  expect_here("selective_scan", "marks", op.marks, device());
   if (t == 0 || e == 0 || n == 0) return;
 
   const bool words = in_words(op.x) && in_words(op.dt) && in_words(op.z) && in_words(op.y);
@@ -293,26 +284,28 @@ void CudaBackend::run(const SelectiveScan& op) {
     });
     return;
   }
-  const int64_t length =
-      tile_length(*op.rows, div_up(e, 2 * kThreads), int64_t{kWalkBlocks} * processors_);
+  const int64_t length = tile_length(*op.rows, div_up(e, 2 * kThreads), kWalkBlocks, processors_,
+                                     op.marks ? op.every : 0);
   const Rows::Tiles& tiles = op.rows->tiles(length);
   Tensor carry, sums, partial;
-  if (tiles.count > pieces) {
+  if (tiles.count > pieces || !op.y || op.marks) {
     carry = Tensor(*this, DType::f32, {tiles.count, kStates, e});
     sums = Tensor(*this, DType::f32, {tiles.count, e});
   }
-  if (n > kStates) partial = Tensor(*this, DType::f32, {t, e});
+  if (n > kStates && op.y) partial = Tensor(*this, DType::f32, {t, e});
   cuda::with_type("selective_scan", op.x, [&](auto type) {
     auto scan = operands(type);
     scan.first = tiles.first.as<int32_t>();
     scan.tile_length = length;
     scan.carry = carry.as<float>();
     scan.sums = sums.as<float>();
+    scan.marks = op.marks.as<float>();
+    scan.mark_tiles = op.every / length;
     scan.partial_y = partial.as<float>();
     if (words)
-      run_groups<decltype(type), true>(scan, tiles.count, stream_);
+      run_groups<decltype(type), true>(scan, *op.rows, tiles.count, stream_);
     else
-      run_groups<decltype(type), false>(scan, tiles.count, stream_);
+      run_groups<decltype(type), false>(scan, *op.rows, tiles.count, stream_);
   });
 }
 

@@ -16,6 +16,9 @@
 // the walk. H100: 4.86 ms for 131,072 steps of 1,536 channels, 810 slots, 77 % of it.
 #include "kernels/cuda/scan_wave_back.cuh"
 
+#include <algorithm>
+#include <array>
+
 namespace coil {
 namespace {
 
@@ -102,36 +105,19 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
   }
 }
 
-// A thread per piece, state and channel, from the last chunk to the first.
+// From the last chunk to the first.
 template <class T>
-__global__ void __launch_bounds__(kThreads) carry_back_kernel(const ScanBack<T> op) {
-  const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
-  const int64_t channel = index % op.e;
-  const int i = static_cast<int>(index / op.e % kStates);
-  const int64_t p = index / (op.e * kStates);
-  if (p >= op.pieces_count || i >= op.states()) return;
+__global__ void __launch_bounds__(32 * kCarrySlices) carry_back_kernel(const ScanBack<T> op) {
+  const int64_t p = blockIdx.x, channel = blockIdx.y * int64_t{32} + threadIdx.x;
+  const int i = static_cast<int>(blockIdx.z);
+  if (i >= op.states()) return;
   const Piece piece = op.pieces[p];
-  const float rate = op.rate(channel, i);
-  float carried = op.dstate && piece.to >= 0 ? op.dstate_at(piece.to, channel)[i] : 0;
-  const int64_t first = op.first[p];
-  const int64_t end = first + (piece.length + op.tile_length - 1) / op.tile_length;
-  constexpr int kAhead = 8;
-  for (int64_t tile = end; tile > first; tile -= kAhead) {
-    float local[kAhead], sum[kAhead];
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      const int64_t at = max(tile - 1 - k, first);
-      local[k] = op.carry[op.in_tile(at, i, channel)];
-      sum[k] = op.sums[at * op.e + channel];
-    }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) {
-      if (tile - 1 - k < first) break;
-      op.carry[op.in_tile(tile - 1 - k, i, channel)] = carried;
-      carried = fmaf(fast_exp2(rate * sum[k]), carried, local[k]);
-    }
-  }
-  if (op.dinitial) op.dinitial[op.in_tile(p, i, channel)] = carried;
+  const bool here = channel < op.e;
+  const float end = here && op.dstate && piece.to >= 0 ? op.dstate_at(piece.to, channel)[i] : 0;
+  float total;
+  const float carried =
+      carry_over<true>(op, p, piece.length, i, channel, end, total, [](int64_t, float) {});
+  if (op.dinitial && threadIdx.y == 0 && here) op.dinitial[op.in_tile(p, i, channel)] = carried;
 }
 
 // dB and dC: sums over the blocks of channels, in order. A thread per row and state.
@@ -225,13 +211,16 @@ void launch_wave(const ScanBack<T>& scan, int groups, cudaStream_t stream) {
   check_launch("selective_scan backward");
 }
 
+std::array<View, 8> activations_of(const SelectiveScanBackward& op) {
+  return {op.x, op.dt, op.dy, op.z, op.dx, op.ddt, op.dz, op.y};
+}
+
 // Of how many times 32 channels a block takes one piece in one pass (scan_wave_back.cuh), one block
 // on a multiprocessor; 0 where chunks of time are faster, or blocks find no room on this card.
 int wave_groups(const SelectiveScanBackward& op, int processors, int device) {
   const int64_t all = op.x.cols() / 32;
   if (op.A_log.cols() != kStates || !op.z || op.x.cols() % 32 != 0) return 0;
-  for (const View& view : {op.x, op.dt, op.dy, op.z, op.dx, op.ddt, op.dz})
-    if (!in_words(view)) return 0;
+  if (!std::ranges::all_of(activations_of(op), in_words)) return 0;
   if (!in_fours(op.B) || !in_fours(op.C)) return 0;
   int shared = 0;
   check_call(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
@@ -275,6 +264,9 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
   here("dB", op.dB, act, {t, n});
   here("dC", op.dC, act, {t, n});
   if (op.z) here("dz", op.dz, act, {t, e});
+  expect_if(name, "y", op.y, act, {t, e});
+  expect_here(name, "y", op.y, device());
+  check(op.z || !op.y, "{}: y is given without z", name);
   here("dA_log", op.dA_log, DType::f32, {e, n});
   here("dD", op.dD, DType::f32, {e});
   here("ddt_bias", op.ddt_bias, DType::f32, {e});
@@ -283,12 +275,15 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
 
   const int groups = wave_groups(op, processors_, index_);
   const int64_t planes = groups > 0 ? div_up(e, groups * 32) : div_up(e, kThreads);
-  // Three waves of the walk, one of the local kernel, whose blocks are twice as wide.
-  const int64_t length = tile_length(*op.rows, planes, 2 * kLocalBlocks * int64_t{processors_});
+  // Of the local kernel, whose blocks are twice as wide.
+  const int64_t length = tile_length(*op.rows, planes, 2 * kLocalBlocks, processors_);
   const Rows::Tiles& tiles = op.rows->tiles(length);
   const bool chunked = groups == 0 && tiles.count > pieces;
-  const int64_t parts = groups > 0 ? pieces * kBackWarps : tiles.count;  // of partial_A
-  const bool words = in_words(op.x) && in_words(op.dt) && in_words(op.dy) && in_words(op.z);
+  const int64_t walk_length =
+      chunked ? longer_tiles(*op.rows, length, planes, kWalkBlocks, processors_) : length;
+  const Rows::Tiles& walk_tiles = op.rows->tiles(walk_length);
+  const int64_t parts = groups > 0 ? pieces * kBackWarps : walk_tiles.count;  // of partial_A
+  const bool words = std::ranges::all_of(activations_of(op), in_words);
   const Tensor partial_BC(*this, DType::f32, {planes, t, 2 * kStates});
   const Tensor partial_A(*this, DType::f32, {parts, kStates, e});
   const Tensor partial_D(*this, DType::f32, {parts, 2, e});
@@ -305,14 +300,18 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
     fill_operands(op, scan);
     scan.first = tiles.first.as<int32_t>();
     scan.tile_length = length;
+    scan.walk_first = walk_tiles.first.as<int32_t>();
+    scan.walk_length = walk_length;
     scan.dy = op.dy.as<T>();
     scan.dx = op.dx.as<T>();
     scan.ddt = op.ddt.as<T>();
     scan.dz = op.dz.as<T>();
+    scan.y = op.y.as<T>();
     scan.dy_stride = op.dy.stride[0];
     scan.dx_stride = op.dx.stride[0];
     scan.ddt_stride = op.ddt.stride[0];
     scan.dz_stride = op.dz.stride[0];
+    scan.y_stride = op.y.stride[0];
     scan.carry = carry.as<float>();
     scan.sums = sums.as<float>();
     scan.dstate = op.dstate.as<float>();
@@ -333,13 +332,14 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
       if (chunked) {
         words ? launch_local<T, true>(scan, tiles.count, stream_)
               : launch_local<T, false>(scan, tiles.count, stream_);
-        carry_back_kernel<T><<<count(pieces * kStates * e), kThreads, 0, stream_>>>(scan);
+        const CarryGrid grid(*op.rows, length, e, kStates);
+        carry_back_kernel<T><<<grid.blocks, grid.threads, 0, stream_>>>(scan);
       }
       const bool rare = !scan.z || n != kStates;
       groups > 0       ? launch_wave<T>(scan, groups, stream_)
-      : words && !rare ? launch_walk<T, true, false>(scan, tiles.count, stream_)
-      : words          ? launch_walk<T, true, true>(scan, tiles.count, stream_)
-                       : launch_walk<T, false, true>(scan, tiles.count, stream_);
+      : words && !rare ? launch_walk<T, true, false>(scan, walk_tiles.count, stream_)
+      : words          ? launch_walk<T, true, true>(scan, walk_tiles.count, stream_)
+                       : launch_walk<T, false, true>(scan, walk_tiles.count, stream_);
       sum_BC_kernel<T><<<count(t * 2 * kStates), kThreads, 0, stream_>>>(
           scan, op.dB.as<T>(), op.dB.stride[0], op.dC.as<T>(), op.dC.stride[0]);
       const dim3 of_tiles(static_cast<unsigned>(div_up(e, 32)), last ? kStates + 2 : kStates);
