@@ -264,8 +264,6 @@ po::options_description describe(TrainOptions& o, bool& no_reverse_complement) {
       ("min-lr", option(o.min_lr, "SHARE"), "at the end, as a part of --lr")      //
       ("warmup", option(o.warmup, "SHARE"), "part of all steps")                  //
       ("weight-decay", option(o.weight_decay, "NUMBER"), "AdamW's")               //
-      ("adam-eps", option(o.adam_eps, "NUMBER"),
-       "AdamW's epsilon: gradients well below it move nothing")  //
       ("clip", option(o.clip, "NUMBER"), "largest gradient norm; 0: none");
   run.add_options()                                                  //
       ("output,o", option(o.out, "MODEL"), "model folder to write")  //

@@ -225,11 +225,10 @@ void Trainer::begin() {
           "precision bf16: this device trains in f32");
     rounded_ = converted(backend_, model_, DType::bf16);
   }
-  optimizer_ = std::make_unique<Optimizer>(backend_, model_,
-                                           OptimizerOptions{.lr = options_.lr,
-                                                            .eps = options_.adam_eps,
-                                                            .weight_decay = options_.weight_decay,
-                                                            .clip = options_.clip});
+  optimizer_ = std::make_unique<Optimizer>(
+      backend_, model_,
+      OptimizerOptions{
+          .lr = options_.lr, .weight_decay = options_.weight_decay, .clip = options_.clip});
 
   say(fmt::format(
       "{} ({}), {} for validation ({}){}",

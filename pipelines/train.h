@@ -66,7 +66,7 @@ struct TrainOptions {
   int64_t chunk = 0;
   bool truncate = false;  // gradients end where a chunk begins
   double lr = 4e-3, min_lr = 0.05 /* of lr, end of the cosine */, warmup = 0.05 /* of all steps */;
-  double weight_decay = 0.1, clip = 1.0, adam_eps = 1e-8;
+  double weight_decay = 0.1, clip = 1.0;
   bool reverse_complement = true;  // augmentation, and both strands averaged in evaluation
   // Augmentation: substitutions per base; up to mutate_to, where that is more, drawn anew, evenly,
   // for each sequence.

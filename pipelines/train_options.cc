@@ -96,7 +96,6 @@ void visit(Options& o, F f) {
   f("warmup", o.warmup, true);
   f("weight_decay", o.weight_decay, true);
   f("clip", o.clip, true);
-  f("adam_eps", o.adam_eps, true);
   f("reverse_complement", o.reverse_complement, true);
   f("mutate", o.mutate, true);
   f("mutate_to", o.mutate_to, true);
@@ -287,7 +286,6 @@ void check_ranges(const TrainOptions& o) {
   within("warmup", o.warmup, 0, 1);
   within("weight-decay", o.weight_decay, 0, kAny);
   within("clip", o.clip, 0, kAny);
-  within("adam-eps", o.adam_eps, 1e-30, 1);  // AdamW is computed in f32
   within("mutate", o.mutate, 0, 1);
   within("mutate", o.mutate_to, 0, 1);
   within("condition-dropout", o.condition_dropout, 0, 1);
