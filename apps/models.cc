@@ -53,10 +53,10 @@ std::vector<std::string> models_in(const std::vector<fs::path>& folders) {
 
 }  // namespace
 
-std::string find_model(const std::string& model) {
+std::string find_model(const std::string& model, const std::string& except) {
   std::error_code error;
-  if (model.empty() || model.find('/') != std::string::npos || fs::is_directory(model, error))
-    return model;
+  const bool here = fs::is_directory(model, error) && !fs::equivalent(model, except, error);
+  if (model.empty() || model.find('/') != std::string::npos || here) return model;
   const std::vector<fs::path> folders = model_folders();
   std::string looked = ".";
   for (const fs::path& folder : folders) {

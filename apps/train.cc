@@ -303,7 +303,8 @@ bool parse_over(int argc, char** argv, const TrainOptions& base, Given& given) {
   if (!parse(argc, argv, "train [options] DATA… -o MODEL", kText, options, {"data"}, true,
              given.values))
     return false;
-  given.options.from_folder = find_model(given.options.from);
+  // A run that began from a model that ships may be called as it is.
+  given.options.from_folder = find_model(given.options.from, given.options.out);
   given.options.reverse_complement = !no_reverse_complement;
   given.options.seed = given.common.seed;
   given.options.threads = given.common.threads;

@@ -81,8 +81,9 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     std::optional<State> kept;
     const bool cut = request.chunk > 0 && length > request.chunk && !config.trains_whole();
     if (cut) {  // then each sequence is on its own
-      // Chunks in the middle are alike: a few are run, for the others their states are held.
-      constexpr int64_t kRun = 4;
+      // Chunks in the middle are alike: a few are run, among them as many as go through together
+      // at most, one for each layer; for the others their states are held.
+      const int64_t run = std::max<int64_t>(4, std::ssize(config.layers) + 1);
       const int64_t chunks = (length + request.chunk - 1) / request.chunk;
       check(chunks <= std::numeric_limits<int32_t>::max(),
             "memory plan: {} chunks of a sequence, expected fewer than 2^31", chunks);
@@ -90,9 +91,9 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
       plan.state = held() - before;
       kept.reset();
       sequences = 1;
-      if (chunks > kRun) {
-        kept = kept_states(backend, config, chunks - kRun);
-        length -= (chunks - kRun) * request.chunk;
+      if (chunks > run) {
+        kept = kept_states(backend, config, chunks - run);
+        length -= (chunks - run) * request.chunk;
       }
     }
     if (config.equivariant) sequences *= 2;  // each with its reverse complement

@@ -444,7 +444,9 @@ inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_
     const int64_t cost = cost_of_tiles(rows, length, channel_blocks, at_once, processors);
     if (best == 0 || cost < best_cost) best = length, best_cost = cost;
   }
-  return every > 0 && best == 0 ? every : std::min(best, whole);
+  if (best > 0) return std::min(best, whole);
+  for (best = std::min<int64_t>(every, 1024); every % best != 0;) best -= kScanSteps;
+  return best;
 }
 
 // The multiple of `length` that is cheapest for blocks of which fewer run at once.

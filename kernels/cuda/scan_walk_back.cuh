@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   on_the_way.load();
 
   // What goes out lies in the slot that it was computed from and is copied from there as it came,
-  // kAtOnce rows of kWord channels a thread; where rows are not whole words, each thread writes its
+  // kAtOnce rows of kOutWord channels; where rows are not whole words, each thread writes its
   // own.
   constexpr int kOutWord = 16 / sizeof(T), kAcross = kThreads / kOutWord;
   constexpr int kAtOnce = kThreads / kAcross;

@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
     }
     const float bias = op.dt_bias[channel], D = op.D[channel];
     float dD = 0, dbias = 0;
-    // Where this lane writes: words of rows of dx, ddt and dz, four of a row's sums.
+    // Where this lane writes: words of rows of dx, ddt, dz and y, four of a row's sums.
     const int64_t out_row = row_of(last_tile, word_row);
     constexpr int kOut = 4;
     T* to[kOut] = {op.dx + out_row * op.dx_stride + block_channel + word,
