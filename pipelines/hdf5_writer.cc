@@ -91,11 +91,13 @@ std::unique_ptr<Writer::Column> Writer::column(const std::string& name, const La
 
 void Writer::texts(const std::string& name, const std::vector<std::string>& texts) {
   size_t width = 1;
-  for (const std::string& text : texts) width = std::max(width, as_utf8(text).size());
+  std::vector<std::string> converted;
+  for (const std::string& text : texts)
+    width = std::max(width, converted.emplace_back(as_utf8(text)).size());
   const auto made = column(name, {.type = Type::text,
                                   .rows = static_cast<int64_t>(texts.size()),
                                   .width = static_cast<int64_t>(width)});
-  for (const std::string& text : texts) made->append_text(as_utf8(text));
+  for (const std::string& text : converted) made->append_text(text);
   made->close();
 }
 
