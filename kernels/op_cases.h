@@ -373,7 +373,7 @@ inline void OpCases::add_sequence() {
   View h, dh;
   if (slots > 0) h = values({slots, e, n}), dh = values({slots, e, n});
   // How many there are is the backend's affair: no numbers are drawn for them.
-  const View checkpoints = add(DType::f32, {scan_checkpoints(backend_, rows_), e, n});
+  const View checkpoints = add(act_, {scan_checkpoints(backend_, rows_), e, n});
   backend_.fill(checkpoints, 0);
   const SelectiveScan scan{.x = u,
                            .dt = dt,

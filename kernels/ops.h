@@ -114,7 +114,7 @@ struct Conv1dBackward {
 //   h[i] = exp(delta * A[c,i]) * h[i] + delta * x * B[i],   A = -exp(A_log)
 //   y    = sum_i C[i] * h[i] + D[c] * x,    then y *= silu(z) where z is given
 // checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = scan_block(device), in
-// order of pieces; (scan_checkpoints(backend, rows), e, n) f32, layout private to the backend.
+// order of pieces; (scan_checkpoints(backend, rows), e, n) in x's type, layout private to the backend.
 constexpr int64_t scan_block(Device device) { return device.kind == Device::Kind::cpu ? 32 : 8; }
 int64_t scan_checkpoints(const Backend& backend, const Rows& rows);  // sum of ceil(length / k)
 

@@ -89,7 +89,8 @@ class Part {
         ids_(ids),
         targets_(targets),
         rows_(rows),
-        chunk_(all.model.config.trains_whole() ? std::max<int64_t>(rows.total(), 1) : chunk),
+        chunk_(all.model.config.trains_whole() ? std::max<int64_t>(rows.total(), 1)
+                                               : even_chunk(rows.total(), chunk)),
         count_((rows.total() + chunk_ - 1) / chunk_),
         by_layer_(rows.total() > chunk) {}
 
@@ -254,6 +255,13 @@ class Part {
 };
 
 }  // namespace
+
+int64_t even_chunk(int64_t length, int64_t chunk) {
+  constexpr int64_t kUnit = 1024;
+  if (chunk % kUnit != 0 || length <= chunk) return chunk;
+  const int64_t count = (length + chunk - 1) / chunk, even = (length + count - 1) / count;
+  return (even + kUnit - 1) / kUnit * kUnit;
+}
 
 double weight_of(View targets, View class_weights) {
   double weight = 0;

@@ -115,7 +115,7 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& we
 
   Tensor y;  // (t, e)
   if (saved) {
-    saved->checkpoints = Tensor(backend, DType::f32, {scan_checkpoints(backend, rows), e, n});
+    saved->checkpoints = Tensor(backend, act, {scan_checkpoints(backend, rows), e, n});
     saved->dt = std::move(dt);
     y = Tensor(backend, act, {t, e});
   } else {

@@ -77,14 +77,15 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
       rounded = converted(backend, model, computed);
     plan.copy = held() - before;
     before = held();
-    int64_t length = request.length, sequences = request.sequences;
+    int64_t length = request.length, sequences = request.sequences, chunk = request.chunk;
     std::optional<State> kept;
-    const bool cut = request.chunk > 0 && length > request.chunk && !config.trains_whole();
+    const bool cut = chunk > 0 && length > chunk && !config.trains_whole();
     if (cut) {  // then each sequence is on its own
       // Chunks in the middle are alike: a few are run, among them as many as go through together
       // at most, one for each layer; for the others their states are held.
       const int64_t run = std::max<int64_t>(4, std::ssize(config.layers) + 1);
-      const int64_t chunks = (length + request.chunk - 1) / request.chunk;
+      chunk = even_chunk(length, chunk);
+      const int64_t chunks = (length + chunk - 1) / chunk;
       check(chunks <= std::numeric_limits<int32_t>::max(),
             "memory plan: {} chunks of a sequence, expected fewer than 2^31", chunks);
       kept = kept_states(backend, config, chunks - 1);
@@ -93,13 +94,13 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
       sequences = 1;
       if (chunks > run) {
         kept = kept_states(backend, config, chunks - run);
-        length -= (chunks - run) * request.chunk;
+        length -= (chunks - run) * chunk;
       }
     }
     if (config.equivariant) sequences *= 2;  // each with its reverse complement
     backend.restart_peak();
     train(backend, rounded ? *rounded : model, Rows::equal(backend, sequences, length), grad,
-          request.chunk);
+          chunk);
   } else {
     const bool whole = config.bidirectional;  // no state is carried
     const int64_t steps =

@@ -208,7 +208,7 @@ class OpVariants {
         .dt_bias = op.dt_bias,
         .dy = activations({t_, e}),
         .z = z,
-        .checkpoints = zeros(DType::f32, {scan_checkpoints(backend_, rows), e, n}),
+        .checkpoints = zeros(op.x.dtype, {scan_checkpoints(backend_, rows), e, n}),
         .dx = activations({t_, e}),
         .ddt = activations({t_, e}),
         .dB = ddbc.columns(r, n),

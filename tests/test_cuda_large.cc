@@ -260,7 +260,7 @@ void CudaLarge::expect_scan_backward(const std::vector<Piece>& pieces, int64_t c
       return view.slice(begin, count);
     };
     const auto first = [&, count = rows.total()](const View& view) { return view.slice(0, count); };
-    const Tensor checkpoints(*gpu, DType::f32, {scan_checkpoints(*gpu, rows), e, n});
+    const Tensor checkpoints(*gpu, x.view().dtype, {scan_checkpoints(*gpu, rows), e, n});
     const View B = part(BC).columns(0, n), C = part(BC).columns(n, n);
     gpu->run(SelectiveScan{.x = part(x),
                            .dt = part(x),

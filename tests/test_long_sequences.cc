@@ -147,7 +147,7 @@ TEST_P(LongSequences, ScanBackwardOfAMillionSteps) {
   const auto run = [&](Backend& on) {
     const Rows rows(on, whole_pieces({kSteps}));
     const DType act = type(on);
-    const Tensor checkpoints(on, DType::f32, {scan_checkpoints(on, rows), e, n});
+    const Tensor checkpoints(on, act, {scan_checkpoints(on, rows), e, n});
     const Tensor x_there = put(on, act, {kSteps, e}, x), dt_there = put(on, act, {kSteps, e}, dt),
                  z_there = put(on, act, {kSteps, e}, z), dy_there = put(on, act, {kSteps, e}, dy),
                  B_there = put(on, act, {kSteps, n}, B), C_there = put(on, act, {kSteps, n}, C),

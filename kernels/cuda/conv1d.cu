@@ -31,6 +31,7 @@ struct Forward : ConvOperands<T> {
 template <class T, int kWidth, int kTaps>
 __global__ void __launch_bounds__(kConvThreads, kTaps > 4 ? 1 : kBlocks)
     conv_kernel(const Forward<T> op) {
+  take_turn();
   const unsigned groups = static_cast<unsigned>(op.c / kWidth);
   const unsigned i = blockIdx.x * kConvThreads + threadIdx.x;
   if (i >= op.tiles * groups) return;
@@ -91,6 +92,7 @@ __global__ void __launch_bounds__(kConvThreads, kTaps > 4 ? 1 : kBlocks)
 // The final state of pieces of several tiles, which are longer than a state.
 template <class T>
 __global__ void __launch_bounds__(kConvThreads) final_state_kernel(const Forward<T> op) {
+  take_turn();
   const int64_t i = blockIdx.x * static_cast<int64_t>(kConvThreads) + threadIdx.x;
   if (i >= op.pieces_count * op.c) return;
   const int64_t channel = i % op.c;
@@ -139,9 +141,9 @@ void CudaBackend::run(const Conv1d& op) {
     const unsigned blocks = blocks_for(forward.tiles * groups);
     with_taps(w, [&](auto taps) {
       if (wide)
-        conv_kernel<T, kWide, taps()><<<blocks, kConvThreads, 0, stream_>>>(forward);
+        launch_in_turn(conv_kernel<T, kWide, taps()>, blocks, kConvThreads, 0, stream_, forward);
       else
-        conv_kernel<T, 1, taps()><<<blocks, kConvThreads, 0, stream_>>>(forward);
+        launch_in_turn(conv_kernel<T, 1, taps()>, blocks, kConvThreads, 0, stream_, forward);
     });
     check_launch("conv1d");
     const auto pieces = op.rows->pieces();
@@ -149,8 +151,8 @@ void CudaBackend::run(const Conv1d& op) {
                         return piece.to >= 0 && piece.length > forward.tile_length;
                       });
     if (!late) return;
-    final_state_kernel<T>
-        <<<blocks_for(forward.pieces_count * c), kConvThreads, 0, stream_>>>(forward);
+    launch_in_turn(final_state_kernel<T>, blocks_for(forward.pieces_count * c), kConvThreads, 0,
+                   stream_, forward);
     check_launch("conv1d");
   });
 }

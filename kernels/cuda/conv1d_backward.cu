@@ -169,6 +169,7 @@ __device__ void walk_tile(const Backward<T>& op, int tile, int64_t channel,
 template <class T, int kWidth, int kTaps>
 __global__ void __launch_bounds__(kConvThreads, kTaps > 4 ? 1 : kBlocks)
     conv_backward_kernel(const Backward<T> op) {
+  take_turn();
   const int group = threadIdx.x % kGroups, lane = threadIdx.x / kGroups;
   const int64_t channel = (static_cast<int64_t>(blockIdx.x % op.slices) * kGroups + group) * kWidth;
   const bool active = channel < op.c;
@@ -203,6 +204,7 @@ __global__ void __launch_bounds__(kConvThreads, kTaps > 4 ? 1 : kBlocks)
 constexpr int kColumns = 32, kSlices = 32;
 __global__ void add_partials_kernel(const float* partial, int64_t count, int64_t c, int w,
                                     float* dweight, int64_t dweight_stride, float* dbias) {
+  take_turn();
   __shared__ float sums[kSlices][kColumns];
   const int64_t column = blockIdx.x * static_cast<int64_t>(kColumns) + threadIdx.x;
   const int64_t columns = (w + 1) * c;
@@ -247,6 +249,7 @@ __device__ void add_initial(const Backward<T>& op, const Piece& piece, int64_t c
 template <class T>
 __global__ void __launch_bounds__(kConvThreads)
     initial_state_kernel(const Backward<T> op, int64_t count, bool shared) {
+  take_turn();
   const int64_t i = blockIdx.x * static_cast<int64_t>(kConvThreads) + threadIdx.x;
   if (i >= count * op.c) return;
   const int64_t item = i / op.c, channel = i % op.c;
@@ -316,21 +319,22 @@ void CudaBackend::run(const Conv1dBackward& op) {
     const auto grid = static_cast<unsigned>(blocks * slices);
     with_taps(w, [&](auto taps) {
       if (wide)
-        conv_backward_kernel<T, kWide, taps()><<<grid, kConvThreads, 0, stream_>>>(backward);
+        launch_in_turn(conv_backward_kernel<T, kWide, taps()>, grid, kConvThreads, 0, stream_,
+                       backward);
       else
-        conv_backward_kernel<T, 1, taps()><<<grid, kConvThreads, 0, stream_>>>(backward);
+        launch_in_turn(conv_backward_kernel<T, 1, taps()>, grid, kConvThreads, 0, stream_,
+                       backward);
     });
     check_launch(name);
-    add_partials_kernel<<<static_cast<unsigned>(div_up((w + 1) * c, kColumns)),
-                          dim3(kColumns, kSlices), 0, stream_>>>(
-        backward.partial, blocks, c, static_cast<int>(w), op.dweight.as<float>(),
-        op.dweight.stride[0], op.dbias.as<float>());
+    launch_in_turn(add_partials_kernel, static_cast<unsigned>(div_up((w + 1) * c, kColumns)),
+                   dim3(kColumns, kSlices), 0, stream_, backward.partial, blocks, c,
+                   static_cast<int>(w), op.dweight.as<float>(), op.dweight.stride[0],
+                   op.dbias.as<float>());
     check_launch(name);
     if (!op.dstate || !reads || w == 1) return;
     const int64_t count = shared ? op.rows->slots() : backward.pieces_count;
-    initial_state_kernel<T>
-        <<<static_cast<unsigned>(div_up(count * c, kConvThreads)), kConvThreads, 0, stream_>>>(
-            backward, count, shared);
+    launch_in_turn(initial_state_kernel<T>, static_cast<unsigned>(div_up(count * c, kConvThreads)),
+                   kConvThreads, 0, stream_, backward, count, shared);
     check_launch(name);
   });
 }

@@ -29,6 +29,7 @@ struct Forward {
 // is read before it is written, in one thread.
 template <class X, class Y, int kWidth, int kHeld>
 __global__ void __launch_bounds__(kNormThreads) norm_kernel(const Forward<X, Y> op) {
+  take_turn();
   const int lane = threadIdx.x % op.lanes;
   const int64_t row =
       blockIdx.x * static_cast<int64_t>(kNormThreads / op.lanes) + threadIdx.x / op.lanes;
@@ -143,7 +144,8 @@ void CudaBackend::run(const Norm& op) {
                                   .lanes = team.lanes};
       const auto blocks = static_cast<unsigned>(div_up(t, kNormThreads / team.lanes));
       with_words(wide, team.held, [&](auto width, auto held) {
-        norm_kernel<X, Y, width(), held()><<<blocks, kNormThreads, 0, stream_>>>(forward);
+        launch_in_turn(norm_kernel<X, Y, width(), held()>, blocks, kNormThreads, 0, stream_,
+                       forward);
       });
     });
   });

@@ -36,6 +36,7 @@ struct Backward {
 // As forward; each team takes every so many rows.
 template <class X, class Y, class Dx, int kWidth, int kHeld>
 __global__ void __launch_bounds__(kNormThreads) norm_backward_kernel(const Backward<X, Y, Dx> op) {
+  take_turn();
   const int lane = threadIdx.x % op.lanes, team = threadIdx.x / op.lanes;
   const int teams = kNormThreads / op.lanes;
   const int64_t first = static_cast<int64_t>(lane) * kWidth, step = op.lanes * kWidth;
@@ -191,8 +192,8 @@ void CudaBackend::run(const NormBackward& op) {
                                       .dx_act_stride = op.dx_act.stride[0],
                                       .lanes = team.lanes};
     with_words(wide, team.held, [&](auto width, auto held) {
-      norm_backward_kernel<X, Y, Dx, width(), held()>
-          <<<static_cast<unsigned>(blocks), kNormThreads, 0, stream_>>>(backward);
+      launch_in_turn(norm_backward_kernel<X, Y, Dx, width(), held()>, static_cast<unsigned>(blocks),
+                     kNormThreads, 0, stream_, backward);
     });
   };
   with_type(name, op.x, [&](auto x) {

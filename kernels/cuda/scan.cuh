@@ -53,7 +53,7 @@ struct ScanOperands {
   int pieces_count, n, group;
   int64_t tile_length, e;
   bool reverse;
-  float* checkpoints;               // (checkpoints, n, e) or null
+  T* checkpoints;                   // (checkpoints, n, e) or null
   const int32_t* first_checkpoint;  // of each piece
 
   __device__ int64_t row(const Piece& piece, int64_t step) const {
@@ -365,7 +365,7 @@ void check_scan(const char* name, const CudaBackend& backend, const Op& op) {
   here("dt_bias", op.dt_bias, DType::f32, {e});
   if (op.z) here("z", op.z, act, {t, e});
   if (op.checkpoints) {
-    here("checkpoints", op.checkpoints, DType::f32, {scan_checkpoints(backend, *op.rows), e, n});
+    here("checkpoints", op.checkpoints, act, {scan_checkpoints(backend, *op.rows), e, n});
     coil::check(op.checkpoints.contiguous(), "{}: checkpoints are not contiguous", name);
   }
   coil::check(!op.reverse || op.rows->slots() == 0,
@@ -404,7 +404,7 @@ void fill_operands(const Op& op, ScanOperands<T>& to) {
   to.group = 0;
   to.e = op.x.cols();
   to.reverse = op.reverse;
-  to.checkpoints = op.checkpoints.template as<float>();
+  to.checkpoints = op.checkpoints.template as<T>();
   to.first_checkpoint =
       op.checkpoints ? op.rows->tiles(kScanSteps).first.template as<int32_t>() : nullptr;
 }

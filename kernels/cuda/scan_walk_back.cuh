@@ -26,13 +26,14 @@ constexpr int kStepGap = 2 * kStates + 4, kRowGap = kScanSteps * kStepGap + 16;
 using QuadSums = float[kWarps * 8][kRowGap];
 
 // What a block keeps in shared memory beside its ring.
+template <class T>
 struct Kept {
   QuadSums sums;
   // Of each thread, four states at a time: rates, what is carried to the step before, dA. Here, not
   // in registers, so that the loop over states need not be unrolled: instructions fit their cache.
   float4 rate[kStates / kFew][kThreads], carried[kStates / kFew][kThreads];
   float4 dA[kStates / kFew][kThreads];
-  float before[kWalkSlots][kStates][kThreads];  // states before a slot's first step
+  T before[kWalkSlots][kStates][kThreads];  // states before a slot's first step
   // Of each step the slope of softplus, that of the gate times dy, and the gate.
   float slope[kScanSteps][kThreads], gate[kScanSteps][kThreads], silu[kScanSteps][kThreads];
 };
@@ -93,10 +94,11 @@ __device__ float4 sum_quads(const float* v) {
 // kStates states; of more the results come in parts.
 template <class T, bool kWords, bool kRare>
 __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const ScanBack<T> op) {
+  take_turn();
   using Arrays = Ring<T, 4, kThreads, kWalkSlots, kWords, true>;  // x, dt, dy, z
   extern __shared__ float4 memory[];
   __shared__ Matrices matrices[2];
-  Kept& keep = *reinterpret_cast<Kept*>(memory);
+  Kept<T>& keep = *reinterpret_cast<Kept<T>*>(memory);
   const int64_t tile = blockIdx.x;
   const ScanSpan span = span_of(op, op.walk_first, op.walk_length, tile);
   const int direction = op.reverse ? -1 : 1, steps = static_cast<int>(span.end - span.begin);
@@ -116,23 +118,23 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
   MatricesOnTheWay<T, true> on_the_way(op, first_row, steps);
   on_the_way.load();
   // The states before each slot's first step come the same way.
-  constexpr int kWord = kWords ? 4 : 1;  // channels of a thread, states at once
+  constexpr int kWord = Arrays::kWord;  // channels of a thread, states at once
   const int state_row = threadIdx.x / (kThreads / kWord),
             state_column = threadIdx.x * kWord % kThreads;
-  const float* kept = op.checkpoints + block_channel + state_column +
-                      ((op.first_checkpoint[span.p] + (span.begin + last) / kScanSteps) * op.n +
-                       op.group * kStates + state_row) *
-                          op.e;
+  const T* kept = op.checkpoints + block_channel + state_column +
+                  ((op.first_checkpoint[span.p] + (span.begin + last) / kScanSteps) * op.n +
+                   op.group * kStates + state_row) *
+                      op.e;
   const auto fetch = [&](int slot, bool more) {
 #pragma unroll
     for (int i = 0; i < kStates; i += kWord) {
       const bool there = more && block_channel + state_column < op.e && i + state_row < states;
-      const float* const at = kept + static_cast<int64_t>(i) * static_cast<int>(op.e);
-      float* const to = &keep.before[slot][i + state_row][state_column];
+      const T* const at = kept + static_cast<int64_t>(i) * static_cast<int>(op.e);
+      T* const to = &keep.before[slot][i + state_row][state_column];
       if constexpr (kWords)
         copy_later(to, at, there);
       else
-        *to = there ? *at : 0;
+        *to = there ? *at : from_float<T>(0);
     }
     kept -= op.n * op.e;
     ring.fetch(slot);
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kWalkBlocks) backward_kernel(const S
     for (int few = 0; few < kStates; few += kFew) {
       float h[32], a[32], before[kFew];  // (steps, states)
 #pragma unroll
-      for (int i = 0; i < kFew; ++i) before[i] = keep.before[slot][few + i][threadIdx.x];
+      for (int i = 0; i < kFew; ++i) before[i] = to_float(keep.before[slot][few + i][threadIdx.x]);
       const auto four = [&](float4(&of)[kStates / kFew][kThreads]) -> float(&)[kFew] {
         return *reinterpret_cast<float(*)[kFew]>(&of[few / kFew][threadIdx.x]);
       };

@@ -32,6 +32,7 @@ struct WaveBlock {
 // can be read four states at a time.
 template <class T>
 __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> op) {
+  take_turn();
   __shared__ WaveBlock<T> shared;
   using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint2>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -96,7 +97,7 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
   const int64_t own_row = first_row + direction * int64_t{kScanSteps} * warp;
   T* y_at = op.y + own_row * op.y_stride + channel;
   const int y_hop = direction * static_cast<int>(op.y_stride), e = static_cast<int>(op.e);
-  float* checkpoint = nullptr;
+  T* checkpoint = nullptr;
   if (op.checkpoints)
     checkpoint =
         op.checkpoints + (op.first_checkpoint[blockIdx.x] + warp) * kStates * op.e + channel;
@@ -154,9 +155,9 @@ __global__ void __launch_bounds__(kWaveWarps * 32, 3) wave_kernel(const Scan<T> 
       float start[kWaveFew];
       read_letter(shared.mail[before][f][lane], start);
       if (op.checkpoints) {
-        float* const to = checkpoint + static_cast<int64_t>(f * kWaveFew) * e;
+        T* const to = checkpoint + static_cast<int64_t>(f * kWaveFew) * e;
 #pragma unroll
-        for (int i = 0; i < kWaveFew; ++i) to[int64_t{i} * e] = start[i];
+        for (int i = 0; i < kWaveFew; ++i) to[int64_t{i} * e] = from_float<T>(start[i]);
       }
 #pragma unroll
       for (int s = 0; s < kScanSteps; ++s)

@@ -28,9 +28,9 @@ template <>
 struct SlopeAndGate<float> {};
 
 template <class T>
-struct WaveBackWarp {            // a warp's shared memory
-  T act[2][4][kScanSteps][32];   // x, dt, dy, z: of this tile and of the next
-  float before[2][kStates][32];  // states before a tile's first step
+struct WaveBackWarp {           // a warp's shared memory
+  T act[2][4][kScanSteps][32];  // x, dt, dy, z: of this tile and of the next
+  T before[2][kStates][32];     // states before a tile's first step
   // Of each quad the steps, in them dB | dC, four values at a place whose last three bits are
   // flipped by step and quad: neither lanes that store at once nor those that read meet in a bank.
   float4 sums[8][kScanSteps][8];
@@ -53,6 +53,7 @@ struct WaveBack {
 template <class T>
 __global__ void __launch_bounds__(kBackWarps * 32, 1)
     wave_back_kernel(const ScanBack<T> op, int groups) {
+  take_turn();
   extern __shared__ float4 memory[];
   using Four = std::conditional_t<std::is_same_v<T, float>, float4, uint2>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -77,14 +78,13 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
   // states of B and C. Tiles are counted from the piece's begin.
   constexpr int kWord = 16 / sizeof(T), kWords = 32 / kWord, kRows = 32 / kWords;
   const int word_row = lane / kWords, word = lane % kWords * kWord;
-  const int state_row = lane / 8, state_word = lane % 8 * 4;
   const int four_row = lane / kFours, four = lane % kFours * kFew;
   const int last_tile = tiles - 1 - warp;  // this warp's first
   const auto row_of = [&](int tile, int step) {
     return first_row + direction * (int64_t{kScanSteps} * tile + step);
   };
   const T *from[4], *from_B, *from_C;
-  const float* from_before;
+  const T* from_before;
   int next = last_tile, next_channel = begin_channel;  // tile to fetch next
   Four B{}, C{};
   const auto aim = [&] {
@@ -96,8 +96,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
     from_B = op.B + row_of(last_tile, four_row) * op.B_stride + four;
     from_C = op.C + row_of(last_tile, four_row) * op.C_stride + four;
     const int64_t checkpoint = op.first_checkpoint[blockIdx.x] + last_tile;
-    from_before =
-        op.checkpoints + (checkpoint * kStates + state_row) * op.e + next_channel + state_word;
+    from_before = op.checkpoints + (checkpoint * kStates + word_row) * op.e + next_channel + word;
   };
   const int hop[4] = {
       direction * static_cast<int>(op.x_stride), direction * static_cast<int>(op.dt_stride),
@@ -113,8 +112,8 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
                      from[a] + static_cast<int64_t>(r) * hop[a],
                      next * kScanSteps + r + word_row < steps);
 #pragma unroll
-      for (int i = 0; i < kStates; i += 4)
-        copy_later(&own.before[buffer][i + state_row][state_word],
+      for (int i = 0; i < kStates; i += kRows)
+        copy_later(&own.before[buffer][i + word_row][word],
                    from_before + static_cast<int64_t>(i) * e, true);
       if (next * kScanSteps + four_row < steps) {  // else times 0
         B = *reinterpret_cast<const Four*>(from_B);

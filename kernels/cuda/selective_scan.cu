@@ -30,6 +30,7 @@ constexpr int kWalkBlocks = 3, kLocalBlocks = 4;  // of a multiprocessor at once
 template <class T, bool kWords, bool kLocal, bool kRare>
 __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
     scan_kernel(const Scan<T> op) {
+  take_turn();
   using Arrays = Ring<T, kLocal ? 2 : 3, 2 * kThreads, kSlots, kWords, false>;  // x, dt and z
   extern __shared__ float4 memory[];
   __shared__ Matrices matrices[2];
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
   T* y_at = op.y + row * op.y_stride + channel;
   const int64_t y_step = direction * op.y_stride;
   float* partial_at = op.partial_y + row * op.e + channel;
-  float* checkpoint_at = nullptr;
+  T* checkpoint_at = nullptr;
   if (!kLocal && op.checkpoints)
     checkpoint_at =
         op.checkpoints + channel +
@@ -145,13 +146,13 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
     if (!kLocal && op.checkpoints) {
 #pragma unroll
       for (int i = 0; i < kStates; ++i) {
-        float* const to = checkpoint_at + static_cast<int64_t>(i) * static_cast<int>(op.e);
+        T* const to = checkpoint_at + static_cast<int64_t>(i) * static_cast<int>(op.e);
         if (i >= op.states()) continue;
         if (kWords && here > 0) {
           store_pair({h[0][i], h[1][i]}, to);
         } else {
-          if (here > 0) to[0] = h[0][i];
-          if (here > 1) to[1] = h[1][i];
+          if (here > 0) to[0] = from_float<T>(h[0][i]);
+          if (here > 1) to[1] = from_float<T>(h[1][i]);
         }
       }
       checkpoint_at += op.n * op.e;
@@ -187,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
 // Reads and writes the slots' states: nothing else does.
 template <class T>
 __global__ void __launch_bounds__(32 * kCarrySlices) carry_kernel(const Scan<T> op) {
+  take_turn();
   const int64_t p = blockIdx.x, channel = blockIdx.y * int64_t{32} + threadIdx.x;
   const int i = static_cast<int>(blockIdx.z);
   if (i >= op.states()) return;
@@ -211,7 +213,7 @@ void launch(const Scan<T>& scan, int64_t tiles, cudaStream_t stream) {
   allow_shared(scan_kernel<T, kWords, kLocal, kRare>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(div_up(scan.e, 2 * kThreads)));
-  scan_kernel<T, kWords, kLocal, kRare><<<grid, kThreads, kBytes, stream>>>(scan);
+  launch_in_turn(scan_kernel<T, kWords, kLocal, kRare>, grid, kThreads, kBytes, stream, scan);
   check_launch("selective_scan");
 }
 
@@ -221,7 +223,7 @@ void run_groups(Scan<T> scan, const Rows& rows, int64_t tiles, cudaStream_t stre
     if (scan.carry) {
       launch<T, kWords, true, false>(scan, tiles, stream);
       const CarryGrid grid(rows, scan.tile_length, scan.e, kStates);
-      carry_kernel<T><<<grid.blocks, grid.threads, 0, stream>>>(scan);
+      launch_in_turn(carry_kernel<T>, grid.blocks, grid.threads, 0, stream, scan);
       check_launch("selective_scan");
     }
     if (!scan.y) continue;
@@ -279,7 +281,8 @@ void CudaBackend::run(const SelectiveScan& op) {
   if (words && in_wave(op, processors_)) {
     cuda::with_type("selective_scan", op.x, [&](auto type) {
       const dim3 grid(static_cast<unsigned>(pieces), static_cast<unsigned>(e / 32));
-      wave_kernel<decltype(type)><<<grid, kWaveWarps * 32, 0, stream_>>>(operands(type));
+      launch_in_turn(wave_kernel<decltype(type)>, grid, kWaveWarps * 32, 0, stream_,
+                     operands(type));
       check_launch("selective_scan");
     });
     return;

@@ -30,6 +30,7 @@ constexpr int kLocalSlots = 3, kLocalBlocks = 4;  // of its ring; of a multiproc
 // thread.
 template <class T, bool kWords>
 __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const ScanBack<T> op) {
+  take_turn();
   using Arrays = Ring<T, 3, 2 * kThreads, kLocalSlots, kWords, true>;  // dt, dy, z
   extern __shared__ float4 memory[];
   __shared__ Matrices matrices[2];
@@ -108,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, kLocalBlocks) local_kernel(const Sca
 // From the last chunk to the first.
 template <class T>
 __global__ void __launch_bounds__(32 * kCarrySlices) carry_back_kernel(const ScanBack<T> op) {
+  take_turn();
   const int64_t p = blockIdx.x, channel = blockIdx.y * int64_t{32} + threadIdx.x;
   const int i = static_cast<int>(blockIdx.z);
   if (i >= op.states()) return;
@@ -124,6 +126,7 @@ __global__ void __launch_bounds__(32 * kCarrySlices) carry_back_kernel(const Sca
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     sum_BC_kernel(const ScanBack<T> op, T* dB, int64_t dB_stride, T* dC, int64_t dC_stride) {
+  take_turn();
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   const int k = static_cast<int>(index % (2 * kStates)), i = k % kStates;
   const int64_t row = index / (2 * kStates);
@@ -142,6 +145,7 @@ template <class T>
 __global__ void __launch_bounds__(kSlices * 32)
     sum_tiles_kernel(const ScanBack<T> op, int64_t tiles, float* dA_log, int64_t dA_stride,
                      float* dD, float* dbias) {
+  take_turn();
   __shared__ float slices[kSlices][32];
   const int64_t channel = blockIdx.x * 32 + threadIdx.x;
   const int i = blockIdx.y;  // a state, or kStates + 0: dD, + 1: dbias
@@ -170,6 +174,7 @@ __global__ void __launch_bounds__(kSlices * 32)
 // The gradient of each slot that is read: the sum over the pieces that read it, in order.
 template <class T>
 __global__ void __launch_bounds__(kThreads) initial_kernel(const ScanBack<T> op, int64_t slots) {
+  take_turn();
   const int64_t index = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   const int64_t channel = index % op.e;
   const int i = static_cast<int>(index / op.e % kStates);
@@ -191,15 +196,15 @@ void launch_local(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
   allow_shared(local_kernel<T, kWords>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles),
                   static_cast<unsigned>(div_up(scan.e, 2 * kThreads)));
-  local_kernel<T, kWords><<<grid, kThreads, kBytes, stream>>>(scan);
+  launch_in_turn(local_kernel<T, kWords>, grid, kThreads, kBytes, stream, scan);
   check_launch("selective_scan backward");
 }
 template <class T, bool kWords, bool kRare>
 void launch_walk(const ScanBack<T>& scan, int64_t tiles, cudaStream_t stream) {
-  constexpr int kBytes = sizeof(Kept) + Ring<T, 4, kThreads, kWalkSlots, kWords, true>::kBytes;
+  constexpr int kBytes = sizeof(Kept<T>) + Ring<T, 4, kThreads, kWalkSlots, kWords, true>::kBytes;
   allow_shared(backward_kernel<T, kWords, kRare>, kBytes);
   const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(div_up(scan.e, kThreads)));
-  backward_kernel<T, kWords, kRare><<<grid, kThreads, kBytes, stream>>>(scan);
+  launch_in_turn(backward_kernel<T, kWords, kRare>, grid, kThreads, kBytes, stream, scan);
   check_launch("selective_scan backward");
 }
 template <class T>
@@ -207,7 +212,7 @@ void launch_wave(const ScanBack<T>& scan, int groups, cudaStream_t stream) {
   constexpr int kBytes = sizeof(WaveBack<T>);
   allow_shared(wave_back_kernel<T>, kBytes);
   const dim3 grid(static_cast<unsigned>(scan.pieces_count), static_cast<unsigned>(scan.planes));
-  wave_back_kernel<T><<<grid, kBackWarps * 32, kBytes, stream>>>(scan, groups);
+  launch_in_turn(wave_back_kernel<T>, grid, kBackWarps * 32, kBytes, stream, scan, groups);
   check_launch("selective_scan backward");
 }
 
@@ -333,22 +338,23 @@ void CudaBackend::run(const SelectiveScanBackward& op) {
         words ? launch_local<T, true>(scan, tiles.count, stream_)
               : launch_local<T, false>(scan, tiles.count, stream_);
         const CarryGrid grid(*op.rows, length, e, kStates);
-        carry_back_kernel<T><<<grid.blocks, grid.threads, 0, stream_>>>(scan);
+        launch_in_turn(carry_back_kernel<T>, grid.blocks, grid.threads, 0, stream_, scan);
       }
       const bool rare = !scan.z || n != kStates;
       groups > 0       ? launch_wave<T>(scan, groups, stream_)
       : words && !rare ? launch_walk<T, true, false>(scan, walk_tiles.count, stream_)
       : words          ? launch_walk<T, true, true>(scan, walk_tiles.count, stream_)
                        : launch_walk<T, false, true>(scan, walk_tiles.count, stream_);
-      sum_BC_kernel<T><<<count(t * 2 * kStates), kThreads, 0, stream_>>>(
-          scan, op.dB.as<T>(), op.dB.stride[0], op.dC.as<T>(), op.dC.stride[0]);
+      launch_in_turn(sum_BC_kernel<T>, count(t * 2 * kStates), kThreads, 0, stream_, scan,
+                     op.dB.as<T>(), op.dB.stride[0], op.dC.as<T>(), op.dC.stride[0]);
       const dim3 of_tiles(static_cast<unsigned>(div_up(e, 32)), last ? kStates + 2 : kStates);
-      sum_tiles_kernel<T><<<of_tiles, dim3(32, kSlices), 0, stream_>>>(
-          scan, parts, op.dA_log.as<float>(), op.dA_log.stride[0], op.dD.as<float>(),
-          op.ddt_bias.as<float>());
+      launch_in_turn(sum_tiles_kernel<T>, of_tiles, dim3(32, kSlices), 0, stream_, scan, parts,
+                     op.dA_log.as<float>(), op.dA_log.stride[0], op.dD.as<float>(),
+                     op.ddt_bias.as<float>());
       const int64_t slots = op.rows->slots();
       if (op.dstate && slots > 0)
-        initial_kernel<T><<<count(slots * kStates * e), kThreads, 0, stream_>>>(scan, slots);
+        launch_in_turn(initial_kernel<T>, count(slots * kStates * e), kThreads, 0, stream_, scan,
+                       slots);
     }
   });
   check_launch(name);

@@ -24,6 +24,7 @@ template <class T, int kWidth>
 __global__ void __launch_bounds__(kThreads)
     sum_rows_kernel(const T* x, int64_t x_stride, int64_t rows, int64_t c, int64_t chunk, int lanes,
                     float* partial) {
+  take_turn();
   __shared__ float sums[kThreads * kWidth];
   const int groups = kThreads / lanes, group = threadIdx.x / lanes;
   const int first = threadIdx.x % lanes * kWidth, width = lanes * kWidth;
@@ -59,6 +60,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kColumns* kSlices)
     add_partials_kernel(const float* partial, int64_t count, int64_t elements, int64_t columns,
                         float* out, int64_t out_stride) {
+  take_turn();
   __shared__ float sums[kSlices][kColumns];
   const int64_t i = blockIdx.x * int64_t{kColumns} + threadIdx.x % kColumns;
   const int slice = threadIdx.x / kColumns;
@@ -79,9 +81,9 @@ __global__ void __launch_bounds__(kColumns* kSlices)
 void cuda::add_partials(const char* op, const float* partial, int64_t count, const View& out,
                         cudaStream_t stream) {
   const int64_t elements = out.count();
-  add_partials_kernel<<<static_cast<unsigned>(div_up(elements, kColumns)), kColumns * kSlices, 0,
-                        stream>>>(partial, count, elements, out.cols(), out.as<float>(),
-                                  out.rank > 1 ? out.stride[0] : 0);
+  launch_in_turn(add_partials_kernel, static_cast<unsigned>(div_up(elements, kColumns)),
+                 kColumns * kSlices, 0, stream, partial, count, elements, out.cols(),
+                 out.as<float>(), out.rank > 1 ? out.stride[0] : 0);
   check_launch(op);
 }
 
@@ -109,8 +111,8 @@ void CudaBackend::run(const SumRows& op) {
   with_type(name, op.x, [&](auto type) {
     using T = decltype(type);
     const auto run = [&](auto kernel_width) {
-      sum_rows_kernel<T, kernel_width()><<<grid, kThreads, 0, stream_>>>(
-          op.x.as<T>(), op.x.stride[0], t, c, chunk, lanes, partial.as<float>());
+      launch_in_turn(sum_rows_kernel<T, kernel_width()>, grid, kThreads, 0, stream_, op.x.as<T>(),
+                     op.x.stride[0], t, c, chunk, lanes, partial.as<float>());
     };
     if (wide)
       run(std::integral_constant<int, kWide>{});
