@@ -26,19 +26,24 @@ Blocks::~Blocks() {
 }
 
 void* Blocks::alloc(int64_t bytes) {
-  const int64_t size = size_class(bytes, device_.alignment);
+  int64_t size = size_class(bytes, device_.alignment);
   const std::lock_guard lock(mutex_);
+  const int64_t most = std::max(most_in_use_, in_use_ + size);
+  const int64_t bound = most +
+                        static_cast<int64_t>(device_.kept_share * static_cast<double>(most)) +
+                        device_.kept_always;
   void* data = nullptr;
-  if (const auto kept = kept_.find(size); kept != kept_.end()) {
+  auto kept = kept_.lower_bound(size);
+  // Where blocks are kept because giving them back costs much, a larger one is the better choice.
+  const bool larger = device_.kept_share > 0 && in_use_ + size + kept_bytes_ > bound;
+  if (kept != kept_.end() && kept->first > (larger ? 2 * size : size)) kept = kept_.end();
+  if (kept != kept_.end()) {
+    size = kept->first;
     data = kept->second.back().data;
     kept->second.pop_back();
     if (kept->second.empty()) kept_.erase(kept);
     kept_bytes_ -= size;
   } else {
-    const int64_t most = std::max(most_in_use_, in_use_ + size);
-    const int64_t bound = most +
-                          static_cast<int64_t>(device_.kept_share * static_cast<double>(most)) +
-                          device_.kept_always;
     while (kept_bytes_ > 0 && in_use_ + size + kept_bytes_ > bound) release_oldest();
     data = obtain(size);
     if (!data && !kept_.empty()) {

@@ -3,7 +3,8 @@
 // A block is kept after free() for the next of its size class: fresh memory costs a page fault per
 // 4 KiB on a CPU, and on a GPU a call that waits for the device. Size classes are eighths of a
 // power of two: at most 12.5 % of a block is unused. What is in use plus what is kept stays below a
-// bound; beyond it, and where the device has no room, the oldest kept blocks go back.
+// bound; beyond it a GPU takes a kept block of up to twice the size. Else, and where the device has
+// no room, the oldest kept blocks go back.
 #pragma once
 
 #include <cstdint>

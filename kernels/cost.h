@@ -80,7 +80,7 @@ inline double scan_powers(const View& x, const View& A_log) {
 inline Cost cost_of(const SelectiveScan& op) {
   return {.flops = 7. * static_cast<double>(op.x.count() * op.A_log.cols()),
           .bytes = bytes_of({op.x, op.dt, op.A_log, op.B, op.C, op.D, op.dt_bias, op.z, op.y,
-                             op.checkpoints, op.marks}) +
+                             op.checkpoints, op.marks, op.starts}) +
                    state_bytes(op.state, *op.rows),
           .powers = scan_powers(op.x, op.A_log)};
 }

@@ -6,6 +6,7 @@
 #include <initializer_list>
 
 #include "kernels/error.h"
+#include "kernels/ops.h"
 #include "kernels/tensor.h"
 
 namespace coil {
@@ -48,15 +49,20 @@ inline void expect_rank(const char* op, const char* operand, const View& view, i
     fail("{}: {} is {}, expected {} dimensions", op, operand, view.shape(), rank);
 }
 
-// The marks of a selective scan.
-inline void expect_marks(const char* op, const View& marks, const Rows& rows, int64_t every,
-                         int64_t e, int64_t n) {
-  if (!marks) return;
-  check(rows.pieces().size() == 1 && every > 0 && every % 32 == 0,
-        "{}: marks every {} steps of {} pieces, expected a multiple of 32 and one piece", op, every,
-        rows.pieces().size());
-  expect(op, "marks", marks, DType::f32, {(rows.total() - 1) / every, e, n});
-  check(marks.contiguous(), "{}: marks are not contiguous", op);
+// The marks and starts of a selective scan.
+inline void expect_marks(const char* op, const SelectiveScan& scan) {
+  if (!scan.marks && !scan.starts) return;
+  const int64_t block = scan_block(scan.x.device), t = scan.rows->total();
+  check(scan.rows->pieces().size() == 1 && t > 0 && scan.every > 0 && scan.every % block == 0,
+        "{}: marks or starts every {} steps of {} pieces, expected a multiple of {} and one piece",
+        op, scan.every, scan.rows->pieces().size(), block);
+  check(!scan.starts || (!scan.marks && !scan.sum_dt && scan.y),
+        "{}: starts are given, expected y, and neither marks nor sum_dt", op);
+  const int64_t marks = (t - 1) / scan.every, e = scan.x.cols(), n = scan.A_log.cols();
+  expect_if(op, "marks", scan.marks, DType::f32, {marks, e, n});
+  expect_if(op, "starts", scan.starts, DType::f32, {1 + marks, e, n});
+  check((scan.marks ? scan.marks : scan.starts).contiguous(),
+        "{}: marks or starts are not contiguous", op);
 }
 
 }  // namespace coil

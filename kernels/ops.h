@@ -22,6 +22,7 @@
 //   parameter gradients. Backend::activations says which type activations have.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -114,9 +115,16 @@ struct Conv1dBackward {
 //   h[i] = exp(delta * A[c,i]) * h[i] + delta * x * B[i],   A = -exp(A_log)
 //   y    = sum_i C[i] * h[i] + D[c] * x,    then y *= silu(z) where z is given
 // checkpoints, for backward: h before steps 0, k, 2k, … of each piece, k = scan_block(device), in
-// order of pieces; (scan_checkpoints(backend, rows), e, n) in x's type, layout private to the backend.
+// order of pieces; (scan_checkpoints(backend, rows), e, n) in x's type, layout private to the
+// backend.
 constexpr int64_t scan_block(Device device) { return device.kind == Device::Kind::cpu ? 32 : 8; }
 int64_t scan_checkpoints(const Backend& backend, const Rows& rows);  // sum of ceil(length / k)
+// In how many tiles, whose states before them are known, a scan of e channels over one sequence
+// goes fastest: as many as fill an H100 or H200, three blocks of 256 channels on each of 132
+// multiprocessors. 0: known states save nothing.
+constexpr int64_t scan_tiles(Device device, int64_t e) {
+  return device.kind == Device::Kind::cpu ? 0 : 3 * 132 / std::max<int64_t>(1, (e + 255) / 256);
+}
 
 struct SelectiveScan {
   View x, dt;        // (t,e)
@@ -130,8 +138,10 @@ struct SelectiveScan {
   View sum_dt;  // optional (pieces, e): sum of delta over the piece, so that pieces computed apart
                 // join
   View marks;   // optional (m,e,n), of a batch of one piece: the states before its steps every,
-                // 2 every, …; every is a multiple of 32
-  int64_t every = 0;
+                // 2 every, …
+  View starts;  // optional (1+m,e,n), in, of such a batch: the states before its steps 0, every, …;
+                // `state` is then neither read nor written, nor is there sum_dt
+  int64_t every = 0;  // of marks or starts: a multiple of scan_block(device)
   const Rows* rows = nullptr;
   bool reverse = false;  // each piece is read from its end; then pieces are whole sequences
 };

@@ -37,8 +37,8 @@ void CountingBackend::run(const SelectiveScan& op) {
   const int64_t t = op.rows->total(), e = op.x.cols(), n = op.A_log.cols();
   if (on_cpu() || t == 0) return;
   const int64_t tiles = t / kTile + static_cast<int64_t>(op.rows->pieces().size());
-  const Tensor carry(*this, DType::f32, {tiles, kStates + 1, e});
-  Tensor partial;
+  Tensor carry, partial;
+  if (!op.starts) carry = Tensor(*this, DType::f32, {tiles, kStates + 1, e});
   if (n > kStates) partial = Tensor(*this, DType::f32, {t, e});
 }
 

@@ -28,6 +28,16 @@ void copy_slot(Backend& backend, const State& from, int64_t slot, const State& t
     backend.copy(sources[i].second.slice(slot, 1), targets[i].second.slice(other, 1));
 }
 
+// Whether states in the middle of what goes through can be had. On a CPU it saves nothing.
+bool has_marks(const Backend& backend, const Model& model) {
+  const auto mamba = [](const Layer& layer) {
+    return std::holds_alternative<Mamba1Weights>(layer.mixer);
+  };
+  const Backbone& stack = model.backbone;
+  return backend.device().kind != Device::Kind::cpu && !stack.inner &&
+         std::ranges::all_of(stack.layers, mamba);
+}
+
 struct Common {  // what the parts of a batch share
   Backend& backend;
   const Model& model;
@@ -89,8 +99,8 @@ class Part {
         ids_(ids),
         targets_(targets),
         rows_(rows),
-        chunk_(all.model.config.trains_whole() ? std::max<int64_t>(rows.total(), 1)
-                                               : even_chunk(rows.total(), chunk)),
+        chunks_(chunks_of(all.backend, all.model, rows.total(), chunk)),
+        chunk_(chunks_.length),
         count_((rows.total() + chunk_ - 1) / chunk_),
         by_layer_(rows.total() > chunk) {}
 
@@ -109,22 +119,26 @@ class Part {
     }
     // In runs of nearly one length, so that blocks of memory are of few sizes.
     const int64_t before = count_ - 1, runs = (before + ahead() - 1) / ahead();
+    const int64_t in_run = runs > 0 ? (before + runs - 1) / runs : 0;
+    if (!once && chunks_.tile > 0)  // of whole runs
+      keep_starts((std::max<int64_t>(0, before - Chunks::kKept) + in_run - 1) / in_run * in_run);
     int32_t from = -1, to = 0;
     for (int64_t i = 0, n; i < before; i += n) {
-      n = whole ? 1 : std::min((before + runs - 1) / runs, before - i);
-      if (!once) mark(i, n);
+      n = whole ? 1 : std::min(in_run, before - i);
+      if (!once) mark(i, n, from);
       compute(i, n, from, to, whole);
       if (!once) copy_slot(backend_, *state_, to, *kept_, i + n - 1);
       from = to;
       to = 1 - from;
     }
-    if (!once) mark(0, 0);
+    if (!once) mark(0, 0, -1);
     compute(count_ - 1, 1, from, -1, true);
     if (once) return;
     for (int64_t i = count_ - 1; i-- > 0;) {
       to = from;
       from = i == 0 ? -1 : 1 - to;
       if (i > 0) copy_slot(backend_, *kept_, i - 1, *state_, from);
+      start(i);
       compute(i, 1, from, to, true);
     }
   }
@@ -134,24 +148,51 @@ class Part {
   // as a layer of one does with all that backward needs. On a CPU one, which may stay in its
   // caches.
   int64_t ahead() const {
-    const auto mamba = [](const Layer& layer) {
-      return std::holds_alternative<Mamba1Weights>(layer.mixer);
-    };
-    const Backbone& stack = model_.backbone;
-    const bool marks = chunk_ % 32 == 0 && !stack.inner && std::ranges::all_of(stack.layers, mamba);
-    if (!marks || backend_.device().kind == Device::Kind::cpu) return 1;
-    return std::max<int64_t>(1, static_cast<int64_t>(stack.layers.size()));
+    if (!has_marks(backend_, model_) || chunk_ % scan_block(backend_.device()) != 0) return 1;
+    return std::max<int64_t>(1, static_cast<int64_t>(model_.backbone.layers.size()));
   }
-  // From here on the states behind chunks i … i + n - 2 are kept as the chunks go through together.
-  void mark(int64_t i, int64_t n) {
+  // Room for the states before each tile of chunks `first` … count - 2, the last but one.
+  void keep_starts(int64_t first) {
+    first_start_ = first;
+    const int64_t tiles = (count_ - 1 - first) * (chunk_ / chunks_.tile);
+    const Config& config = model_.config;
+    for (size_t layer = 0; tiles > 0 && layer < state_->layers.size(); ++layer)
+      starts_.push_back(Tensor(backend_, DType::f32, {tiles, config.e, config.n}));
+  }
+  bool has_starts(int64_t i) const { return !starts_.empty() && i >= first_start_; }
+  // Of chunks i … i + n - 1.
+  View starts_of(size_t layer, int64_t i, int64_t n) const {
+    const int64_t tiles = chunk_ / chunks_.tile;
+    return starts_[layer].view().slice((i - first_start_) * tiles, n * tiles);
+  }
+  // From here on the states behind chunks i … i + n - 2, which begin in slot `from`, are kept as
+  // the chunks go through together; n = 0: none.
+  void mark(int64_t i, int64_t n, int32_t from) {
     if (!state_) return;
     for (size_t layer = 0; layer < state_->layers.size(); ++layer) {
       auto* const own = std::get_if<Mamba1State>(&state_->layers[layer]);
       if (!own) continue;
       const auto& kept = std::get<Mamba1State>(kept_->layers[layer]);
-      own->every = chunk_;
+      own->conv_every = own->ssm_every = chunk_;
       own->conv_marks = n > 1 ? kept.conv.view().slice(i, n - 1) : View{};
       own->ssm_marks = n > 1 ? kept.ssm.view().slice(i, n - 1) : View{};
+      if (n == 0 || !has_starts(i)) continue;
+      const View all = starts_of(layer, i, n), begin = all.slice(0, 1);
+      if (from >= 0)
+        backend_.copy(own->ssm.view().slice(from, 1), begin);
+      else
+        backend_.fill(begin, 0);
+      own->ssm_every = chunks_.tile;
+      own->ssm_marks = all.slice(1, all.rows() - 1);
+    }
+  }
+  // From here on forward of chunk i begins at what was kept.
+  void start(int64_t i) {
+    for (size_t layer = 0; layer < state_->layers.size(); ++layer) {
+      auto* const own = std::get_if<Mamba1State>(&state_->layers[layer]);
+      if (!own) continue;
+      own->ssm_every = chunks_.tile;
+      own->ssm_starts = has_starts(i) ? starts_of(layer, i, 1) : View{};
     }
   }
 
@@ -247,20 +288,35 @@ class Part {
   const Model& model_;
   View ids_, targets_;
   const Rows& rows_;
+  Chunks chunks_;
   int64_t chunk_, count_;
   bool by_layer_;                        // longer than a chunk, where it is not cut
   std::optional<State> state_, dstate_;  // two slots
   std::optional<State> kept_;            // behind each chunk but the last
+  int64_t first_start_ = 0;              // chunk
+  std::vector<Tensor> starts_;           // of each layer (tiles, e, n), or none
   Tensor dlogits_;                       // (m, classes)
 };
 
 }  // namespace
 
-int64_t even_chunk(int64_t length, int64_t chunk) {
-  constexpr int64_t kUnit = 1024;
-  if (chunk % kUnit != 0 || length <= chunk) return chunk;
+Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk) {
+  if (model.config.trains_whole()) return {std::max<int64_t>(length, 1)};
+  if (length <= chunk) return {chunk};
   const int64_t count = (length + chunk - 1) / chunk, even = (length + count - 1) / count;
-  return (even + kUnit - 1) / kUnit * kUnit;
+  const auto up = [](int64_t steps, int64_t unit) { return (steps + unit - 1) / unit * unit; };
+  if (has_marks(backend, model)) {
+    const int64_t tiles = scan_tiles(backend.device(), model.config.e);
+    const int64_t unit = scan_block(backend.device());
+    const int64_t most = chunk / tiles / unit * unit;
+    constexpr int64_t kFewest = 64;  // steps of a tile
+    if (most >= kFewest) {
+      const int64_t tile = std::clamp(up((even + tiles - 1) / tiles, unit), kFewest, most);
+      return {tile * tiles, tile};
+    }
+  }
+  constexpr int64_t kUnit = 1024;  // whole tiles of many lengths
+  return {chunk % kUnit == 0 ? up(even, kUnit) : chunk};
 }
 
 double weight_of(View targets, View class_weights) {

@@ -40,10 +40,16 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
                      View class_weights, Model* grad, Tensor* logits = nullptr, double scale = 1,
                      const Cut& cut = {});
 
-// The chunk that a sequence is cut into where `chunk` is asked for: as many chunks, of nearly one
-// length, in multiples of 1,024 where `chunk` is one. Then the last is not a short one, and blocks
-// of memory are of few sizes.
-int64_t even_chunk(int64_t length, int64_t chunk);
+// What a sequence is cut into where `chunk` is asked for: as many chunks, nearly of one length, so
+// that the last is not a short one and blocks of memory are of few sizes.
+struct Chunks {
+  int64_t length = 0;  // of each but the last
+  // Where forward, run again for backward, saves by it, the first run keeps the scan's states
+  // before every so many steps of the last chunks, kKept at most; 0: of no chunk.
+  int64_t tile = 0;
+  static constexpr int64_t kKept = 24;
+};
+Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk);
 
 // What the mean divides by: counted targets, each by its class's weight if there are any.
 double weight_of(View targets, View class_weights);

@@ -84,7 +84,7 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& we
                      .reverse = reverse});
   if (state && state->conv_marks)
     for (int64_t i = 0; i < state->conv_marks.rows(); ++i)
-      backend.copy(x.slice((i + 1) * state->every - (config.w - 1), config.w - 1),
+      backend.copy(x.slice((i + 1) * state->conv_every - (config.w - 1), config.w - 1),
                    state->conv_marks.slice(i, 1).reshape({config.w - 1, e}));
   Tensor dbc(backend, act, {t, r + 2 * n});
   backend.run(Gemm{.a = conv, .b = weights.x_proj, .c = dbc, .tb = true});
@@ -133,7 +133,8 @@ Tensor forward(Backend& backend, const Config& config, const Mamba1Direction& we
                             .state = state ? state->ssm.view() : View{},
                             .checkpoints = saved ? saved->checkpoints.view() : View{},
                             .marks = state ? state->ssm_marks : View{},
-                            .every = state ? state->every : 0,
+                            .starts = state ? state->ssm_starts : View{},
+                            .every = state ? state->ssm_every : 0,
                             .rows = &rows,
                             .reverse = reverse});
   if (saved) {

@@ -35,7 +35,8 @@ struct Mamba1State {
   Tensor ssm;   // (s, e, n) f32
   // Where given, forward of one piece leaves here what they are before its steps every, 2 every, …
   View conv_marks, ssm_marks;  // (m, w-1, e), (m, e, n) f32
-  int64_t every = 0;           // as SelectiveScan's
+  View ssm_starts;             // or reads them here: (1+m, e, n) f32, as SelectiveScan does
+  int64_t conv_every = 0, ssm_every = 0;  // the latter of marks or starts
 };
 
 struct Mamba1DirectionSaved {

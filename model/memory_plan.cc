@@ -79,21 +79,32 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     before = held();
     int64_t length = request.length, sequences = request.sequences, chunk = request.chunk;
     std::optional<State> kept;
+    Tensor kept_starts;
     const bool cut = chunk > 0 && length > chunk && !config.trains_whole();
     if (cut) {  // then each sequence is on its own
       // Chunks in the middle are alike: a few are run, among them as many as go through together
       // at most, one for each layer; for the others their states are held.
       const int64_t run = std::max<int64_t>(4, std::ssize(config.layers) + 1);
-      chunk = even_chunk(length, chunk);
+      const Chunks cuts = chunks_of(backend, model, length, chunk);
+      chunk = cuts.length;
       const int64_t chunks = (length + chunk - 1) / chunk;
       check(chunks <= std::numeric_limits<int32_t>::max(),
             "memory plan: {} chunks of a sequence, expected fewer than 2^31", chunks);
-      kept = kept_states(backend, config, chunks - 1);
-      plan.state = held() - before;
-      kept.reset();
+      const auto starts = [&](int64_t count) {  // before the tiles of so many chunks
+        return Tensor(backend, DType::f32,
+                      {cuts.tile > 0 ? count * (chunk / cuts.tile) : 0, std::ssize(config.layers),
+                       config.e, config.n});
+      };
+      const auto kept_chunks = [](int64_t count) { return std::min(count - 1, Chunks::kKept); };
+      {
+        const State states = kept_states(backend, config, chunks - 1);
+        const Tensor all = starts(kept_chunks(chunks));
+        plan.state = held() - before;
+      }
       sequences = 1;
       if (chunks > run) {
         kept = kept_states(backend, config, chunks - run);
+        kept_starts = starts(kept_chunks(chunks) - kept_chunks(run));
         length -= (chunks - run) * chunk;
       }
     }

@@ -243,6 +243,15 @@ class OpVariants {
       marking.every = t_ > 3000 ? 1440 : 32;
       marking.marks = values({(t_ - 1) / marking.every, e, n});
       add("selective_scan with marks", with(inputs, {z}), {op.y, marking.marks}, marking);
+      SelectiveScan starting = marking;
+      starting.marks = {};
+      starting.starts = zeros(DType::f32, {1 + marking.marks.rows(), e, n});
+      starting.y = activations({t_, e});
+      if (marking.marks.rows() > 0) {
+        backend_.run(marking);
+        backend_.copy(marking.marks, starting.starts.slice(1, marking.marks.rows()));
+      }
+      add("selective_scan from starts", with(inputs, {z}), {starting.y}, starting);
       op.z = back.z = back.dz = {};
       add("selective_scan without gate", inputs, {op.y, op.state}, op);
     }

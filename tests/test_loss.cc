@@ -193,7 +193,9 @@ TEST_P(LossInChunks, OfAMillionStepsTheyDoNotDependOnTheChunk) {
   const bool small = std::getenv("COIL_SMALL_SHAPES") != nullptr;  // compute-sanitizer
   const int64_t length = small ? 3000 : 1 << 20;
   Records records(model_.config, {length}, 13);
-  expect_same(records, {{.chunk = length / 64}, {.chunk = length / 16 + 5}}, 1e-3);
+  // Too short for kept states before tiles; of some of the chunks before the last; of all.
+  expect_same(records, {{.chunk = length / 64}, {.chunk = length / 40}, {.chunk = length / 16 + 5}},
+              1e-3);
 }
 
 TEST_P(LossInChunks, InBf16TheyAreWithinItsRounding) {

@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -87,6 +88,38 @@ TEST_F(TensorTest, FreedBlocksAreUsedAgain) {
   void* other = backend->alloc(100'000);
   EXPECT_NE(other, first);
   backend->free(other);
+}
+
+// As on a GPU, where giving a block back waits for the device.
+TEST(Blocks, BeyondTheBoundALargerBlockIsTakenBeforeOneGoesBack) {
+  int obtained = 0, released = 0;
+  Blocks blocks({.kept_share = 1,
+                 .allocate =
+                     [&](int64_t size) {
+                       ++obtained;
+                       return std::malloc(size);
+                     },
+                 .release =
+                     [&](void* data) {
+                       ++released;
+                       std::free(data);
+                     }});
+  void* const large = blocks.alloc(1000 << 10);
+  blocks.free(large);
+  void* const middle = blocks.alloc(600 << 10);  // within the bound: of its own size
+  EXPECT_NE(middle, large);
+  blocks.free(middle);
+  EXPECT_EQ(obtained, 2);
+  void* const between = blocks.alloc(800 << 10);
+  EXPECT_EQ(between, large);
+  EXPECT_EQ(blocks.memory().in_use, 1024 << 10);  // what it takes, not what was asked for
+  blocks.free(between);
+  blocks.free(blocks.alloc(320 << 10));  // within the bound
+  EXPECT_EQ(obtained, 3);
+  EXPECT_EQ(released, 0);
+  blocks.free(blocks.alloc(144 << 10));  // less than half of the smallest that is there
+  EXPECT_EQ(obtained, 4);
+  EXPECT_EQ(released, 1);
 }
 
 TEST_F(TensorTest, KeptMemoryIsBounded) {

@@ -180,14 +180,17 @@ void scan_cell(const SelectiveScan& op, const Cell& cell, const CellMemory& memo
         z(op.z, piece, op.reverse);
     const Track B(op.B, piece, op.reverse), C(op.C, piece, op.reverse),
         out(op.y, piece, op.reverse);
-    const bool is_short = piece.length <= kShortPiece && !op.checkpoints;  // and has no marks
+    // And has no marks.
+    const bool is_short = piece.length <= kShortPiece && !op.checkpoints && !op.starts;
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t channel = cell.first_channel + b * kLanes;
       const int64_t valid = std::min(kLanes, cell.end_channel - channel);
       hn::Store(hn::Zero(d), d, sums + b * kLanes);
       if (is_short) continue;
       if (!have_rates) load_decay_rates(op.A_log, channel, valid, rates + b * n * kLanes);
-      if (piece.from >= 0)
+      if (op.starts)
+        load_state(op.starts, 0, channel, valid, states + b * n * kLanes);
+      else if (piece.from >= 0)
         load_state(op.state, piece.from, channel, valid, states + b * n * kLanes);
       else
         std::fill_n(states + b * n * kLanes, n * kLanes, 0.f);
@@ -231,7 +234,7 @@ void scan_cell(const SelectiveScan& op, const Cell& cell, const CellMemory& memo
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t channel = cell.first_channel + b * kLanes;
       const int64_t valid = std::min(kLanes, cell.end_channel - channel);
-      if (piece.to >= 0 && !is_short)
+      if (piece.to >= 0 && !is_short && !op.starts)
         store_state(op.state, piece.to, channel, valid, states + b * n * kLanes);
       if (op.sum_dt)
         store_part(d, hn::Load(d, sums + b * kLanes), op.sum_dt.row<float>(p) + channel, valid);
@@ -267,9 +270,9 @@ void CpuBackend::run(const SelectiveScan& op) {
   check(op.y || !op.checkpoints, "selective_scan: checkpoints are given without y");
   expect_if("selective_scan", "sum_dt", op.sum_dt, DType::f32,
             {static_cast<int64_t>(op.rows->pieces().size()), e});
-  if (op.state || op.rows->slots() > 0)
+  if (!op.starts && (op.state || op.rows->slots() > 0))
     check_scan_state("selective_scan", "state", op.state, *op.rows, e, n);
-  expect_marks("selective_scan", op.marks, *op.rows, op.every, e, n);
+  expect_marks("selective_scan", op);
   if (t == 0 || e == 0) return;
 
   // Several cells a thread: which of them runs which makes no difference to the result.

@@ -97,6 +97,7 @@ struct Scan : ScanOperands<T> {
   float* sum_dt;  // (pieces, e) or null
   int64_t sum_dt_stride;
   float* marks;  // (m, e, n) or null: states carried into every so many tiles
+  const float* starts;  // (tiles, e, n) or null: states before each tile, instead of carry
   int64_t mark_tiles;
   float* partial_y;  // (t, e): y of the groups of states so far; null with one group
 

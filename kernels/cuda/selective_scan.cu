@@ -8,7 +8,8 @@
 // at zero, with its sum of delta; the carry over the chunks of a piece,
 //   h_in(k+1) = exp(A sum delta(k)) h_in(k) + h_local(k);
 // and the walk from the states carried in. The first and the last do the same arithmetic, so a cut
-// changes rounding only. Pieces of a few steps are walked whole.
+// changes rounding only. Pieces of a few steps are walked whole. Where an earlier run has left the
+// states before every tile, they are walked from there.
 //
 // Limit: issue slots, not memory, of which 8 bytes a channel's step are a quarter. A power of two
 // takes 4 slots, so a step costs max(8 M, I + 4 M): 187 in the walk (M = 19 powers and divisions, I
@@ -63,7 +64,12 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
     op.rates(channel + w, rate[w]);
     if (kLocal) continue;
     D[w] = op.D[channel + w];
-    if (op.carry) {
+    if (op.starts) {
+      const float* const from = op.starts + (tile * op.e + channel + w) * op.n + op.group * kStates;
+#pragma unroll
+      for (int i = 0; i < kStates; ++i)
+        if (i < op.states()) h[w][i] = from[i];
+    } else if (op.carry) {
 #pragma unroll
       for (int i = 0; i < kStates; ++i) h[w][i] = op.carry[op.in_tile(tile, i, channel + w)];
     } else if (span.piece.from >= 0) {
@@ -173,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, kLocal ? kLocalBlocks : kWalkBlocks)
 #pragma unroll
       for (int i = 0; i < kStates; ++i) op.carry[op.in_tile(tile, i, channel + w)] = h[w][i];
       op.sums[tile * op.e + channel + w] = sum[w];
-    } else if (!op.carry) {
+    } else if (!op.carry && !op.starts) {
       if (span.piece.to >= 0) {
         float* const to = op.state_at(span.piece.to, channel + w);
 #pragma unroll
@@ -239,7 +245,8 @@ void run_groups(Scan<T> scan, const Rows& rows, int64_t tiles, cudaStream_t stre
 // 90 cycles a step however little else runs, two passes about 310 issue slots a channel's step.
 bool in_wave(const SelectiveScan& op, int processors) {
   const int64_t e = op.x.cols();
-  if (op.A_log.cols() != kStates || !op.y || !op.z || op.sum_dt || op.marks || e % 32 != 0)
+  if (op.A_log.cols() != kStates || !op.y || !op.z || op.sum_dt || op.marks || op.starts ||
+      e % 32 != 0)
     return false;
   if (!in_fours(op.B) || !in_fours(op.C)) return false;
   int64_t longest = 1;
@@ -259,10 +266,11 @@ void CudaBackend::run(const SelectiveScan& op) {
   check(op.y || !op.checkpoints, "selective_scan: checkpoints are given without y");
   expect_if("selective_scan", "sum_dt", op.sum_dt, DType::f32, {pieces, e});
   expect_here("selective_scan", "sum_dt", op.sum_dt, device());
-  if (op.state || op.rows->slots() > 0)
+  if (!op.starts && (op.state || op.rows->slots() > 0))
     check_scan_state("selective_scan", "state", *this, op.state, *op.rows, e, n);
-  expect_marks("selective_scan", op.marks, *op.rows, op.every, e, n);
+  expect_marks("selective_scan", op);
   expect_here("selective_scan", "marks", op.marks, device());
+  expect_here("selective_scan", "starts", op.starts, device());
   if (t == 0 || e == 0 || n == 0) return;
 
   const bool words = in_words(op.x) && in_words(op.dt) && in_words(op.z) && in_words(op.y);
@@ -287,11 +295,12 @@ void CudaBackend::run(const SelectiveScan& op) {
     });
     return;
   }
-  const int64_t length = tile_length(*op.rows, div_up(e, 2 * kThreads), kWalkBlocks, processors_,
-                                     op.marks ? op.every : 0);
+  const int64_t length = op.starts ? op.every
+                                   : tile_length(*op.rows, div_up(e, 2 * kThreads), kWalkBlocks,
+                                                 processors_, op.marks ? op.every : 0);
   const Rows::Tiles& tiles = op.rows->tiles(length);
   Tensor carry, sums, partial;
-  if (tiles.count > pieces || !op.y || op.marks) {
+  if (!op.starts && (tiles.count > pieces || !op.y || op.marks)) {
     carry = Tensor(*this, DType::f32, {tiles.count, kStates, e});
     sums = Tensor(*this, DType::f32, {tiles.count, e});
   }
@@ -304,6 +313,7 @@ void CudaBackend::run(const SelectiveScan& op) {
     scan.sums = sums.as<float>();
     scan.marks = op.marks.as<float>();
     scan.mark_tiles = op.every / length;
+    scan.starts = op.starts.as<float>();
     scan.partial_y = partial.as<float>();
     if (words)
       run_groups<decltype(type), true>(scan, *op.rows, tiles.count, stream_);
