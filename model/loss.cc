@@ -309,7 +309,7 @@ Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int
     const int64_t tiles = scan_tiles(backend.device(), model.config.e);
     const int64_t unit = scan_block(backend.device());
     const int64_t most = chunk / tiles / unit * unit;
-    constexpr int64_t kFewest = 64;  // steps of a tile
+    constexpr int64_t kFewest = 128;  // steps of a tile: fewer slow the first pass down
     if (most >= kFewest) {
       const int64_t tile = std::clamp(up((even + tiles - 1) / tiles, unit), kFewest, most);
       return {tile * tiles, tile};
