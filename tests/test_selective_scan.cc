@@ -266,6 +266,42 @@ TEST(SelectiveScan, ChunksAgreeWithOneShot) {
 }
 
 // sum_dt joins pieces computed apart: h = h_local + exp(A sum_dt) h_in.
+TEST(SelectiveScan, MarksAreStatesOfTheOracleAndStartsContinueThere) {
+  const int64_t length = 150, every = 32, marks = (length - 1) / every;
+  const Case c{.pieces = {{.length = length, .from = 0, .to = 1}}};
+  Operands o(c);
+  const int64_t e = c.e, n = c.n;
+  Guarded kept({1 + marks, e, n}, true);  // the state before steps 0, 32, …
+  std::copy_n(o.start.values().begin(), e * n, &kept.at(0));
+  SelectiveScan marking = o.forward();
+  marking.marks = kept.view().slice(1, marks);
+  marking.every = every;
+  o.backend->run(marking);
+  const std::vector<double> found = kept.values();
+  for (int64_t k = 1; k <= marks; ++k) {
+    auto in = o.arrays();
+    for (const char* name : {"x", "dt", "z"}) in[name].resize(k * every * e);
+    for (const char* name : {"B", "C"}) in[name].resize(k * every * n);
+    const std::vector<Piece> part = {{.length = k * every, .from = 0, .to = 1}};
+    const auto all = reference::selective_scan(o.shape(), part, in).at("state");
+    const std::vector<double> mark(found.begin() + k * e * n, found.begin() + (k + 1) * e * n);
+    const std::vector<double> state(all.begin() + e * n, all.begin() + 2 * e * n);
+    expect_close("marks", mark, state, kForward);
+  }
+  kept.expect_intact("marks");
+
+  Operands again(c);
+  SelectiveScan starting = again.forward();
+  starting.state = starting.sum_dt = {};
+  starting.starts = kept;
+  starting.every = every;
+  again.backend->run(starting);
+  EXPECT_EQ(again.y.values(), o.y.values());
+  EXPECT_EQ(again.checkpoints.values(), o.checkpoints.values());
+  starting.sum_dt = again.sum_dt;
+  EXPECT_THROW(again.backend->run(starting), Error);
+}
+
 TEST(SelectiveScan, SumOfStepsJoinsPieces) {
   Operands whole({.pieces = {{.begin = 0, .length = 90, .from = 0, .to = 1}}, .e = 20, .n = 4});
   Operands apart({.pieces = {{.begin = 0, .length = 90, .from = -1, .to = 1}}, .e = 20, .n = 4});
