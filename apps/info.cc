@@ -212,7 +212,7 @@ std::string text_of(const InfoOptions& options, const Config& config,
     const bool longer = steps_of(request) < request.length;
     const bool by_layer = longer && config.trains_whole(), cut = longer && !by_layer;
     text += fmt::format("\nmemory to train on {}{}\n", of,
-                        cut        ? fmt::format(", {} at a time", with_commas(steps_of(request)))
+                        cut        ? fmt::format(", {} at a time", with_commas(plan.chunk))
                         : by_layer ? std::string(", layer by layer")
                                    : std::string());
     line("weights", plan.weights, "f32");
@@ -221,8 +221,9 @@ std::string text_of(const InfoOptions& options, const Config& config,
     if (plan.copy > 0) line("copy", plan.copy, "of the weights, matrices bf16");
     if (cut)
       line("states", plan.state,
-           fmt::format("of {} of a sequence, behind each",
-                       counted((request.length - 1) / request.chunk, "chunk")));
+           fmt::format("of {} of a sequence, behind each{}",
+                       counted((request.length - 1) / plan.chunk, "chunk"),
+                       plan.tile > 0 ? ", before tiles of the last" : ""));
     line("activations", plan.activations,
          cut ? "grow with chunk, not with length"
          : request.sequences == options.batch
@@ -300,7 +301,7 @@ std::string json_of(const InfoOptions& options, const Config& config,
                     {"length", request.length},
                     {"batch", options.batch.value},
                     {"at_once", request.sequences},
-                    {"chunk", steps_of(request)},
+                    {"chunk", plan.chunk > 0 ? plan.chunk : steps_of(request)},
                     {"weights", plan.weights},
                     {"state", plan.state},
                     {"activations", plan.activations},

@@ -34,8 +34,8 @@ void* Blocks::alloc(int64_t bytes) {
                         device_.kept_always;
   void* data = nullptr;
   auto kept = kept_.lower_bound(size);
-  // Where blocks are kept because giving them back costs much, a larger one is the better choice.
-  const bool larger = device_.kept_share > 0 && in_use_ + size + kept_bytes_ > bound;
+  // Where as much again is kept, since giving blocks back costs much, a larger one is better.
+  const bool larger = device_.kept_share >= 1 && in_use_ + size + kept_bytes_ > bound;
   if (kept != kept_.end() && kept->first > (larger ? 2 * size : size)) kept = kept_.end();
   if (kept != kept_.end()) {
     size = kept->first;

@@ -99,7 +99,9 @@ class Part {
         ids_(ids),
         targets_(targets),
         rows_(rows),
-        chunks_(chunks_of(all.backend, all.model, rows.total(), chunk)),
+        chunks_(all.truncate && !all.model.config.trains_whole()
+                    ? Chunks{chunk}  // where gradients end is what was asked for
+                    : chunks_of(all.backend, all.model, rows.total(), chunk)),
         chunk_(chunks_.length),
         count_((rows.total() + chunk_ - 1) / chunk_),
         by_layer_(rows.total() > chunk) {}
@@ -149,7 +151,7 @@ class Part {
   // caches.
   int64_t ahead() const {
     if (!has_marks(backend_, model_) || chunk_ % scan_block(backend_.device()) != 0) return 1;
-    return std::max<int64_t>(1, static_cast<int64_t>(model_.backbone.layers.size()));
+    return std::clamp<int64_t>(std::ssize(model_.backbone.layers), 1, Chunks::kKept);
   }
   // Room for the states before each tile of chunks `first` … count - 2, the last but one.
   void keep_starts(int64_t first) {
@@ -303,20 +305,24 @@ class Part {
 Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk) {
   if (model.config.trains_whole()) return {std::max<int64_t>(length, 1)};
   if (length <= chunk) return {chunk};
-  const int64_t count = (length + chunk - 1) / chunk, even = (length + count - 1) / count;
   const auto up = [](int64_t steps, int64_t unit) { return (steps + unit - 1) / unit * unit; };
+  const auto even = [&](int64_t most) {  // of as many chunks as there are of `most` steps
+    const int64_t count = (length + most - 1) / most;
+    return (length + count - 1) / count;
+  };
   if (has_marks(backend, model)) {
     const int64_t tiles = scan_tiles(backend.device(), model.config.e);
     const int64_t unit = scan_block(backend.device());
-    const int64_t most = chunk / tiles / unit * unit;
+    const int64_t most = tiles > 0 ? chunk / tiles / unit * unit : 0;
     constexpr int64_t kFewest = 128;  // steps of a tile: fewer slow the first pass down
     if (most >= kFewest) {
-      const int64_t tile = std::clamp(up((even + tiles - 1) / tiles, unit), kFewest, most);
+      const int64_t steps = even(most * tiles);
+      const int64_t tile = std::clamp(up((steps + tiles - 1) / tiles, unit), kFewest, most);
       return {tile * tiles, tile};
     }
   }
   constexpr int64_t kUnit = 1024;  // whole tiles of many lengths
-  return {chunk % kUnit == 0 ? up(even, kUnit) : chunk};
+  return {chunk % kUnit == 0 ? up(even(chunk), kUnit) : chunk};
 }
 
 double weight_of(View targets, View class_weights) {

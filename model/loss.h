@@ -45,7 +45,8 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
 struct Chunks {
   int64_t length = 0;  // of each but the last
   // Where forward, run again for backward, saves by it, the first run keeps the scan's states
-  // before every so many steps of the last chunks, kKept at most; 0: of no chunk.
+  // before every so many steps of the last chunks, kKept at most, in whole runs of chunks that go
+  // through together; 0: of no chunk.
   int64_t tile = 0;
   static constexpr int64_t kKept = 24;
 };

@@ -83,10 +83,12 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     const bool cut = chunk > 0 && length > chunk && !config.trains_whole();
     if (cut) {  // then each sequence is on its own
       // Chunks in the middle are alike: a few are run, among them as many as go through together
-      // at most, one for each layer; for the others their states are held.
-      const int64_t run = std::max<int64_t>(4, std::ssize(config.layers) + 1);
+      // at most; for the others their states are held.
+      const int64_t ahead = std::min<int64_t>(std::ssize(config.layers), Chunks::kKept);
+      const int64_t run = std::max<int64_t>(4, ahead + 1);
       const Chunks cuts = chunks_of(backend, model, length, chunk);
-      chunk = cuts.length;
+      plan.chunk = chunk = cuts.length;
+      plan.tile = cuts.tile;
       const int64_t chunks = (length + chunk - 1) / chunk;
       check(chunks <= std::numeric_limits<int32_t>::max(),
             "memory plan: {} chunks of a sequence, expected fewer than 2^31", chunks);
@@ -105,8 +107,8 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
       if (chunks > run) {
         kept = kept_states(backend, config, chunks - run);
         kept_starts = starts(kept_chunks(chunks) - kept_chunks(run));
-        length -= (chunks - run) * chunk;
       }
+      length = std::min(chunks, run) * chunk;  // which is cut into these again
     }
     if (config.equivariant) sequences *= 2;  // each with its reverse complement
     backend.restart_peak();

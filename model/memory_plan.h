@@ -23,6 +23,7 @@ struct MemoryPlan {
   int64_t activations = 0;  // the most at any moment
   int64_t gradients = 0, moments = 0, copy = 0;  // training only; copy: of the weights, in bf16
   int64_t workspace = 0;                         // of the matrix library, on a GPU
+  int64_t chunk = 0, tile = 0;                   // training in chunks: as Chunks in loss.h
   int64_t total() const {
     return weights + state + activations + gradients + moments + copy + workspace;
   }

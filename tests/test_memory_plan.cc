@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include "kernels/error.h"
+#include "model/counting_backend.h"
+#include "model/loss.h"
 #include "model/memory_plan.h"
 
 namespace coil {
@@ -84,6 +86,62 @@ TEST(MemoryPlan, TrainingInChunksGrowsByAStateAChunk) {
   const MemoryPlan one = plan_memory(config, {.length = 1000, .train = true});
   EXPECT_LT(few.activations, one.activations + 10 * state);
   EXPECT_EQ(plan(1000).state, 0);
+}
+
+// On a GPU the states before tiles of the last chunks stand beside them.
+TEST(MemoryPlan, TrainingOnAGpuKeepsStatesBeforeTilesOfTheLastChunks) {
+  const Config config = small();
+  const Device gpu{Device::Kind::cuda, 0};
+  const auto plan = [&](int64_t length) {
+    return plan_memory(config, {.length = length, .chunk = 60'000, .train = true, .device = gpu});
+  };
+  const int64_t tiles = scan_tiles(gpu, config.e), n = config.n, e = config.e;
+  const MemoryPlan few = plan(3'000'000), many = plan(300'000'000);
+  EXPECT_EQ(few.activations, many.activations);
+  EXPECT_EQ(few.tile, 144);  // 60,000 steps of 396 tiles, in eights
+  EXPECT_EQ(few.chunk, 144 * tiles);
+  const auto state_of = [&](int64_t chunks) {
+    return 3 * (4 * (config.w - 1) * e + 4 * e * n) * (chunks - 1) +
+           4 * 3 * Chunks::kKept * tiles * e * n;
+  };
+  // Blocks are of whole size classes.
+  const auto close = [](int64_t found, int64_t expected) {
+    EXPECT_NEAR(static_cast<double>(found), static_cast<double>(expected),
+                0.125 * static_cast<double>(expected));
+  };
+  close(few.state, state_of((3'000'000 + few.chunk - 1) / few.chunk));
+  close(many.state, state_of((300'000'000 + many.chunk - 1) / many.chunk));
+}
+
+TEST(Chunks, AreAsManyAsFitAndNearlyOfOneLength) {
+  const CountingBackend gpu({Device::Kind::cuda, 0}), cpu({Device::Kind::cpu, 0});
+  for (const int64_t d : {16, 256, 768, 2048, 60'000}) {
+    Model model;
+    model.config.d = d;
+    model.config.e = 2 * d;
+    model.config.layers.resize(2);
+    declare(model);
+    const int64_t tiles = scan_tiles(gpu.device(), 2 * d);
+    for (const int64_t length : {100'000, 131'072, 1'000'000, 1'048'576, 16'777'216})
+      for (const int64_t asked : {1000, 10'072, 32'768, 40'000, 65'536, 131'072, 400'000}) {
+        const Chunks cut = chunks_of(gpu, model, length, asked);
+        const std::string what = fmt::format("d {}: {} steps, chunk {}", d, length, asked);
+        EXPECT_LE(cut.length, asked) << what;
+        EXPECT_EQ(chunks_of(cpu, model, length, asked).tile, 0) << what;
+        if (length <= asked) continue;
+        EXPECT_EQ(chunks_of(gpu, model, length, cut.length).length, cut.length) << what;
+        if (cut.tile == 0) {
+          EXPECT_TRUE(tiles == 0 || asked / tiles < 128) << what;
+          continue;
+        }
+        EXPECT_EQ(cut.length, cut.tile * tiles) << what;
+        EXPECT_GE(cut.tile, 128) << what;
+        const int64_t most = asked / tiles / 8 * 8 * tiles, count = (length + most - 1) / most;
+        EXPECT_EQ((length + cut.length - 1) / cut.length, count) << what;  // no more for being even
+        const int64_t last = length - (count - 1) * cut.length;
+        if (cut.tile > 128) EXPECT_GE(last, cut.length - count * 8 * tiles) << what;
+      }
+  }
 }
 
 TEST(MemoryPlan, RefusesWhatIsNoPlan) {

@@ -265,7 +265,6 @@ TEST(SelectiveScan, ChunksAgreeWithOneShot) {
   }
 }
 
-// sum_dt joins pieces computed apart: h = h_local + exp(A sum_dt) h_in.
 TEST(SelectiveScan, MarksAreStatesOfTheOracleAndStartsContinueThere) {
   const int64_t length = 150, every = 32, marks = (length - 1) / every;
   const Case c{.pieces = {{.length = length, .from = 0, .to = 1}}};
@@ -302,6 +301,7 @@ TEST(SelectiveScan, MarksAreStatesOfTheOracleAndStartsContinueThere) {
   EXPECT_THROW(again.backend->run(starting), Error);
 }
 
+// sum_dt joins pieces computed apart: h = h_local + exp(A sum_dt) h_in.
 TEST(SelectiveScan, SumOfStepsJoinsPieces) {
   Operands whole({.pieces = {{.begin = 0, .length = 90, .from = 0, .to = 1}}, .e = 20, .n = 4});
   Operands apart({.pieces = {{.begin = 0, .length = 90, .from = -1, .to = 1}}, .e = 20, .n = 4});

@@ -96,7 +96,7 @@ struct Scan : ScanOperands<T> {
   float* sums;    // (tiles, e): of delta; with carry
   float* sum_dt;  // (pieces, e) or null
   int64_t sum_dt_stride;
-  float* marks;  // (m, e, n) or null: states carried into every so many tiles
+  float* marks;         // (m, e, n) or null: states carried into every so many tiles
   const float* starts;  // (tiles, e, n) or null: states before each tile, instead of carry
   int64_t mark_tiles;
   float* partial_y;  // (t, e): y of the groups of states so far; null with one group
@@ -446,7 +446,7 @@ inline int64_t tile_length(const Rows& rows, int64_t channel_blocks, int64_t at_
     if (best == 0 || cost < best_cost) best = length, best_cost = cost;
   }
   if (best > 0) return std::min(best, whole);
-  for (best = std::min<int64_t>(every, 1024); every % best != 0;) best -= kScanSteps;
+  for (best = std::min<int64_t>(every, 128); every % best != 0;) best += kScanSteps;
   return best;
 }
 

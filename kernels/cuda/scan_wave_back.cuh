@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kBackWarps * 32, 1)
       for (int f = 0; f < kFours; ++f) {
         float h[32], a[32], before[kFew];  // (steps, states)
 #pragma unroll
-        for (int i = 0; i < kFew; ++i) before[i] = own.before[buffer][f * kFew + i][lane];
+        for (int i = 0; i < kFew; ++i) before[i] = to_float(own.before[buffer][f * kFew + i][lane]);
         const auto four = [&](float4(&of)[kFours][32]) -> float(&)[kFew] {
           return *reinterpret_cast<float(*)[kFew]>(&of[f][lane]);
         };

@@ -21,7 +21,7 @@ struct Words {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) words[i] = reinterpret_cast<const Word*>(from)[i];
   }
-  // For memory that nothing writes while the kernel runs.
+  // For memory that nothing writes once the kernel has taken its turn.
   __device__ void load_constant(const T* from) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) words[i] = __ldg(reinterpret_cast<const Word*>(from) + i);
