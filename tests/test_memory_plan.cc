@@ -139,7 +139,9 @@ TEST(Chunks, AreAsManyAsFitAndNearlyOfOneLength) {
         const int64_t most = asked / tiles / 8 * 8 * tiles, count = (length + most - 1) / most;
         EXPECT_EQ((length + cut.length - 1) / cut.length, count) << what;  // no more for being even
         const int64_t last = length - (count - 1) * cut.length;
-        if (cut.tile > 128) EXPECT_GE(last, cut.length - count * 8 * tiles) << what;
+        if (cut.tile > 128) {
+          EXPECT_GE(last, cut.length - count * 8 * tiles) << what;
+        }
       }
   }
 }
