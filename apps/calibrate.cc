@@ -18,7 +18,7 @@ struct Options {
   CommonOptions common;
   EngineOptions engine{.strands = "both"};
   std::string model, into;
-  std::vector<std::string> known, unknown;
+  std::vector<std::string> known, unknown, centres;
   std::vector<Size> lengths;
   double keep = CalibrateOptions{}.keep;
   Size pieces{CalibrateOptions{}.pieces};
@@ -50,6 +50,9 @@ po::options_description describe(Options& options) {
        "of a piece that the next one may have too, where there are too few otherwise")  //
       ("slack", option(options.slack, "NUMBER"),
        "taken off the log-odds of every threshold: strains that are new are called less surely")  //
+      ("centres", po::value(&options.centres)->multitoken()->value_name("FILE..."),
+       "sequences that MODEL was trained on: thresholds not of the probability, but of how far "
+       "log-odds lie from the mean of these, for each class; the threshold printed is 0")  //
       ("by-class", po::bool_switch(&options.by_class),
        "a threshold for each class that is called; of classes that fewer than 20 known pieces are "
        "called, that of all");
@@ -62,6 +65,14 @@ OpenSource opener(const Config& config, const std::vector<std::string>& files) {
     const InputOptions input{.inputs = files, .reference = {}, .regions = {}, .bed = {}};
     return config.audio.rate > 0 ? open_sounds(config, input, {}) : open_inputs(input);
   };
+}
+
+// Into the last threshold of `target`.
+void put_centres(const Calibration& row, const Config& config, Config& target) {
+  if (target.labels.empty()) return;  // only printed
+  check(target.labels == config.labels, "--centres: MODEL and --into have different classes");
+  target.unknown.back().centres = row.centres;
+  target.unknown.back().distances = row.distances;
 }
 
 }  // namespace
@@ -90,6 +101,8 @@ int run_calibrate(int argc, char** argv) {
   if (!(options.slack >= 0)) {
     throw UsageError(fmt::format("--slack: expected 0 or more, found {}", options.slack));
   }
+  if (!options.centres.empty() && (options.by_class || options.slack > 0))
+    throw UsageError("--centres: takes neither --by-class nor --slack");
   CalibrateOptions how{.keep = options.keep,
                        .pieces = options.pieces,
                        .overlap = options.overlap,
@@ -115,7 +128,8 @@ int run_calibrate(int argc, char** argv) {
       with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {
         return calibrate(*backend, model, opener(config, options.known),
                          options.unknown.empty() ? OpenSource() : opener(config, options.unknown),
-                         how);
+                         how,
+                         options.centres.empty() ? OpenSource() : opener(config, options.centres));
       });
   Output out("");
   std::string header = "length\tthreshold\tknown\tkept\tunknown\tcaught";
@@ -129,6 +143,7 @@ int run_calibrate(int argc, char** argv) {
     for (const double threshold : row.by_class) line += fmt::format("\t{:.6f}", threshold);
     out.write(line + '\n');
     target.unknown.push_back({.length = row.length, .probability = row.threshold});
+    if (!row.centres.empty()) put_centres(row, config, target);
     if (!options.by_class) continue;
     for (const std::string& label : target.labels) {  // one more or less than the model has
       const auto at = std::ranges::find(config.labels, label) - config.labels.begin();

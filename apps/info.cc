@@ -160,11 +160,16 @@ int64_t steps_of(const MemoryRequest& request) {
   return request.chunk > 0 ? std::min(request.chunk, request.length) : request.length;
 }
 
-// "0.750", of thresholds by class "0.270 to 0.992".
+// "below 0.750", of thresholds by class "below 0.270 to 0.992", or of distances "beyond 4.2
+// to 9.1".
 std::string threshold_text(const Config::Threshold& threshold) {
-  if (threshold.by_class.empty()) return fmt::format("{:.3f}", threshold.probability);
+  if (!threshold.centres.empty()) {
+    const auto [low, high] = std::ranges::minmax(threshold.distances);
+    return fmt::format("beyond {:.1f} to {:.1f} of log-odds, by class,", low, high);
+  }
+  if (threshold.by_class.empty()) return fmt::format("below {:.3f}", threshold.probability);
   const auto [low, high] = std::ranges::minmax(threshold.by_class);
-  return fmt::format("{:.3f} to {:.3f}, by class,", low, high);
+  return fmt::format("below {:.3f} to {:.3f}, by class,", low, high);
 }
 
 std::string text_of(const InfoOptions& options, const Config& config,
@@ -175,7 +180,7 @@ std::string text_of(const InfoOptions& options, const Config& config,
                                  sizes_text(config), fmt::join(reader.files(), " "));
   if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
   for (const Config::Threshold& threshold : config.unknown)
-    text += fmt::format("unknown  below {} at {} bases\n", threshold_text(threshold),
+    text += fmt::format("unknown  {} at {} bases\n", threshold_text(threshold),
                         with_commas(threshold.length));
 
   size_t width = 6, shape = 5;
@@ -275,6 +280,7 @@ std::string json_of(const InfoOptions& options, const Config& config,
     json["unknown"].push_back(
         {{"length", threshold.length}, {"probability", threshold.probability}});
     if (!threshold.by_class.empty()) json["unknown"].back()["by_class"] = threshold.by_class;
+    if (!threshold.centres.empty()) json["unknown"].back()["distances"] = threshold.distances;
   }
   json["network"] = {{"layers", all_layers(config)},
                      {"d", config.d},

@@ -133,6 +133,10 @@ struct Config {
     double probability;
     std::vector<double>
         by_class{};  // of the class called, in the order of labels; empty: one for all
+    // Or of log-odds farther from the centre of the class called than its distance, in the order of
+    // labels: pipelines/classify.h. Empty: no such rule; an empty centre: none for this class.
+    std::vector<std::vector<double>> centres{};
+    std::vector<double> distances{};
   };
   std::vector<Threshold> unknown;
 };

@@ -4,6 +4,9 @@
 //   p(L) = the (1 - keep) quantile of the top probability of known pieces of L bases,
 // by class: p(L, c) = that of those which are called c. Classes differ in how sure of them a model
 // is; what is foreign and goes by the name of a class of which it is sure then stands out.
+// Or by distance (pipelines/classify.h): centres are the mean log-odds of pieces that the model was
+// trained on, by the class that they are called; of known pieces that are called a class its
+// distance is the least that keeps `keep`.
 // Sequences of a class that was left out of training say how many of the unknown it catches; they
 // do not set it.
 #pragma once
@@ -31,6 +34,8 @@ struct Calibration {
   int64_t length = 0;
   double threshold = 0;
   std::vector<double> by_class;  // of classes that fewer than 20 known pieces are called: threshold
+  std::vector<std::vector<double>> centres;  // of Config::Threshold
+  std::vector<double> distances;
   int64_t known = 0, unknown = 0;  // pieces
   double kept = 0, caught = 0;     // shares of them; caught: NaN where there are no unknown ones
 };
@@ -38,8 +43,10 @@ struct Calibration {
 using OpenSource = std::function<std::unique_ptr<Source>()>;
 
 // One row per length, ascending. Lengths of which there are fewer than 100 known pieces are left
-// out. `unknown` may be empty. Throws where no length is left.
+// out. `unknown` may be empty; `centres`, where there is one, is what the model was trained on.
+// Throws where no length is left.
 std::vector<Calibration> calibrate(Backend& backend, const Model& model, const OpenSource& known,
-                                   const OpenSource& unknown, const CalibrateOptions& options);
+                                   const OpenSource& unknown, const CalibrateOptions& options,
+                                   const OpenSource& centres = {});
 
 }  // namespace coil

@@ -52,11 +52,13 @@ class Average {
     const auto best = std::max_element(answer_.probabilities.begin(), answer_.probabilities.end());
     answer_.probability = *best;
     answer_.label = static_cast<int32_t>(best - answer_.probabilities.begin());
+    const int64_t length = answer_.end - answer_.begin;
+    const bool given = options_.min_probability >= 0;
     const double threshold =
-        options_.min_probability >= 0
-            ? options_.min_probability
-            : unknown_threshold(config_, answer_.end - answer_.begin, answer_.label);
-    if (!(answer_.probability >= threshold)) answer_.label = -1;
+        given ? options_.min_probability : unknown_threshold(config_, length, answer_.label);
+    const bool strange =
+        !given && strangeness(config_, length, answer_.label, answer_.probabilities) > 1;
+    if (strange || !(answer_.probability >= threshold)) answer_.label = -1;
     emit_(answer_);
     weight_ = 0;
   }
@@ -86,11 +88,11 @@ class Average {
 
 }  // namespace
 
-double unknown_threshold(const Config& config, int64_t length, int32_t label) {
-  const std::vector<Config::Threshold>& table = config.unknown;
-  const auto of = [&](const Config::Threshold& row) {
-    return row.by_class.empty() ? row.probability : row.by_class.at(static_cast<size_t>(label));
-  };
+namespace {
+
+// Of a value of each calibrated length: linear in log(length) between them, constant beyond.
+template <class Of>
+double by_length(const std::vector<Config::Threshold>& table, int64_t length, const Of& of) {
   if (table.empty()) return 0;
   if (length <= table.front().length) return of(table.front());
   for (size_t i = 1; i < table.size(); i++) {
@@ -101,6 +103,39 @@ double unknown_threshold(const Config& config, int64_t length, int32_t label) {
     return of(low) + share * (of(high) - of(low));
   }
   return of(table.back());
+}
+
+}  // namespace
+
+double unknown_threshold(const Config& config, int64_t length, int32_t label) {
+  return by_length(config.unknown, length, [&](const Config::Threshold& row) {
+    return row.by_class.empty() ? row.probability : row.by_class.at(static_cast<size_t>(label));
+  });
+}
+
+std::vector<double> log_odds(const std::vector<double>& probabilities) {
+  constexpr double kLeast = 1e-300;  // a probability may be 0
+  std::vector<double> odds;
+  double sum = 0;
+  for (const double p : probabilities) sum += odds.emplace_back(std::log(std::max(p, kLeast)));
+  for (double& value : odds) value -= sum / static_cast<double>(odds.size());
+  return odds;
+}
+
+double distance(const Config::Threshold& row, const std::vector<double>& log_odds, int32_t label) {
+  const std::vector<double>& centre = row.centres.at(static_cast<size_t>(label));
+  double sum = 0;
+  for (size_t c = 0; c < centre.size(); c++)
+    sum += (log_odds[c] - centre[c]) * (log_odds[c] - centre[c]);
+  return std::sqrt(sum);
+}
+
+double strangeness(const Config& config, int64_t length, int32_t label,
+                   const std::vector<double>& probabilities) {
+  const std::vector<double> odds = log_odds(probabilities);
+  return by_length(config.unknown, length, [&](const Config::Threshold& row) {
+    return row.centres.empty() ? 0 : distance(row, odds, label) / row.distances.at(label);
+  });
 }
 
 void check_classifier(const Config& config, const std::string& where) {

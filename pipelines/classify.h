@@ -35,6 +35,17 @@ struct Answer {
 // log(length) between the calibrated lengths, constant beyond them; 0 where the model has none.
 double unknown_threshold(const Config& config, int64_t length, int32_t label);
 
+// "Unknown" by distance. The log-odds of an answer are
+//   z_c = log p_c - mean over c of log p_c,
+// and it lies |z - m| from the centre m of the class that it is called.
+std::vector<double> log_odds(const std::vector<double>& probabilities);
+// 0 where class `label` has no centre.
+double distance(const Config::Threshold& row, const std::vector<double>& log_odds, int32_t label);
+// The distance in units of the class's own, between lengths as unknown_threshold; above 1 is
+// unknown. 0 where the model has no centres.
+double strangeness(const Config& config, int64_t length, int32_t label,
+                   const std::vector<double>& probabilities);
+
 // Throws where the model is no classifier or reads neither DNA nor audio; `where` names it.
 void check_classifier(const Config& config, const std::string& where);
 

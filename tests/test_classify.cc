@@ -223,6 +223,20 @@ TEST(Classify, UnknownBelowTheThreshold) {
   EXPECT_DOUBLE_EQ(unknown_threshold(config, 100, 1), 0.4);
   EXPECT_DOUBLE_EQ(unknown_threshold(config, 20'000, 1), 1.0);
 
+  // By distance of the log-odds from the centre of the class.
+  const std::vector<double> odds = log_odds({0.8, 0.2});
+  EXPECT_NEAR(odds[0], std::log(2.0), 1e-12);
+  EXPECT_NEAR(odds[1], -std::log(2.0), 1e-12);
+  EXPECT_TRUE(std::isfinite(log_odds({1, 0})[1]));
+  EXPECT_EQ(strangeness(config, 100, 0, {0.8, 0.2}), 0);
+  config.unknown[0].centres = {{odds[0] - 3, odds[1] + 4}, {}};
+  config.unknown[0].distances = {2, 2};
+  EXPECT_NEAR(distance(config.unknown[0], odds, 0), 5, 1e-12);
+  EXPECT_NEAR(strangeness(config, 1, 0, {0.8, 0.2}), 2.5, 1e-12);
+  EXPECT_NEAR(strangeness(config, 1000, 0, {0.8, 0.2}), 1.25, 1e-12);
+  EXPECT_EQ(strangeness(config, 100, 1, {0.2, 0.8}), 0);  // a class without a centre
+  config.unknown[0].centres.clear();
+
   const auto backend = make_cpu_backend(1);
   config.unknown = {{50, 0.0}, {51, 1.0}};
   const Model model = small_model(*backend, config);
