@@ -10,6 +10,7 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <string>
 #include <type_traits>
 
@@ -87,9 +88,11 @@ __device__ inline void await_previous() {
 #endif
 }
 inline cudaLaunchAttribute early_launch() {
+  // Code compiled for older cards alone would not wait on a newer one.
+  constexpr bool waits = std::max({__CUDA_ARCH_LIST__}) >= 900;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  attribute.val.programmaticStreamSerializationAllowed = waits ? 1 : 0;
   return attribute;
 }
 
