@@ -132,9 +132,9 @@ double distance(const Config::Threshold& row, const std::vector<double>& log_odd
 
 double strangeness(const Config& config, int64_t length, int32_t label,
                    const std::vector<double>& probabilities) {
-  const std::vector<double> odds = log_odds(probabilities);
   return by_length(config.unknown, length, [&](const Config::Threshold& row) {
-    return row.centres.empty() ? 0 : distance(row, odds, label) / row.distances.at(label);
+    if (row.centres.empty()) return 0.;
+    return distance(row, log_odds(probabilities), label) / row.distances.at(label);
   });
 }
 
