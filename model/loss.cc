@@ -99,11 +99,9 @@ class Part {
         ids_(ids),
         targets_(targets),
         rows_(rows),
-        chunks_(all.truncate && !all.model.config.trains_whole()
-                    ? Chunks{chunk}  // where gradients end is what was asked for
-                    : chunks_of(all.backend, all.model, rows.total(), chunk)),
-        chunk_(chunks_.length),
-        count_((rows.total() + chunk_ - 1) / chunk_),
+        // Truncated gradients end where it was asked for.
+        chunks_(chunks_of(all.backend, all.model, rows.total(), chunk, all.truncate)),
+        count_((rows.total() + chunks_.length - 1) / chunks_.length),
         by_layer_(rows.total() > chunk) {}
 
   void add() {
@@ -120,7 +118,8 @@ class Part {
       }
     }
     // In runs of nearly one length, so that blocks of memory are of few sizes.
-    const int64_t before = count_ - 1, runs = (before + ahead() - 1) / ahead();
+    const int64_t before = count_ - 1, together = chunks_.together;
+    const int64_t runs = (before + together - 1) / together;
     const int64_t in_run = runs > 0 ? (before + runs - 1) / runs : 0;
     if (!once && chunks_.tile > 0)  // of whole runs
       keep_starts((std::max<int64_t>(0, before - Chunks::kKept) + in_run - 1) / in_run * in_run);
@@ -133,7 +132,7 @@ class Part {
       from = to;
       to = 1 - from;
     }
-    if (!once) mark(0, 0, -1);
+    if (!once) start(count_ - 1);
     compute(count_ - 1, 1, from, -1, true);
     if (once) return;
     for (int64_t i = count_ - 1; i-- > 0;) {
@@ -146,39 +145,33 @@ class Part {
   }
 
  private:
-  // How many chunks go through together where only their states are wanted: it takes as much memory
-  // as a layer of one does with all that backward needs. On a CPU one, which may stay in its
-  // caches.
-  int64_t ahead() const {
-    if (!has_marks(backend_, model_) || chunk_ % scan_block(backend_.device()) != 0) return 1;
-    return std::clamp<int64_t>(std::ssize(model_.backbone.layers), 1, Chunks::kKept);
-  }
   // Room for the states before each tile of chunks `first` … count - 2, the last but one.
   void keep_starts(int64_t first) {
     first_start_ = first;
-    const int64_t tiles = (count_ - 1 - first) * (chunk_ / chunks_.tile);
+    const int64_t tiles = (count_ - 1 - first) * (chunks_.length / chunks_.tile);
     const Config& config = model_.config;
-    for (size_t layer = 0; tiles > 0 && layer < state_->layers.size(); ++layer)
+    for (size_t layer = 0; layer < state_->layers.size(); ++layer)
       starts_.push_back(Tensor(backend_, DType::f32, {tiles, config.e, config.n}));
   }
-  bool has_starts(int64_t i) const { return !starts_.empty() && i >= first_start_; }
+  bool has_starts(int64_t i) const {
+    return !starts_.empty() && i >= first_start_ && i < count_ - 1;
+  }
   // Of chunks i … i + n - 1.
   View starts_of(size_t layer, int64_t i, int64_t n) const {
-    const int64_t tiles = chunk_ / chunks_.tile;
+    const int64_t tiles = chunks_.length / chunks_.tile;
     return starts_[layer].view().slice((i - first_start_) * tiles, n * tiles);
   }
   // From here on the states behind chunks i … i + n - 2, which begin in slot `from`, are kept as
-  // the chunks go through together; n = 0: none.
+  // the chunks go through together.
   void mark(int64_t i, int64_t n, int32_t from) {
-    if (!state_) return;
     for (size_t layer = 0; layer < state_->layers.size(); ++layer) {
       auto* const own = std::get_if<Mamba1State>(&state_->layers[layer]);
       if (!own) continue;
       const auto& kept = std::get<Mamba1State>(kept_->layers[layer]);
-      own->conv_every = own->ssm_every = chunk_;
+      own->conv_every = own->ssm_every = chunks_.length;
       own->conv_marks = n > 1 ? kept.conv.view().slice(i, n - 1) : View{};
       own->ssm_marks = n > 1 ? kept.ssm.view().slice(i, n - 1) : View{};
-      if (n == 0 || !has_starts(i)) continue;
+      if (!has_starts(i)) continue;
       const View all = starts_of(layer, i, n), begin = all.slice(0, 1);
       if (from >= 0)
         backend_.copy(own->ssm.view().slice(from, 1), begin);
@@ -188,11 +181,13 @@ class Part {
       own->ssm_marks = all.slice(1, all.rows() - 1);
     }
   }
-  // From here on forward of chunk i begins at what was kept.
+  // From here on nothing is kept, and forward of chunk i begins at what was.
   void start(int64_t i) {
+    if (!state_) return;
     for (size_t layer = 0; layer < state_->layers.size(); ++layer) {
       auto* const own = std::get_if<Mamba1State>(&state_->layers[layer]);
       if (!own) continue;
+      own->conv_marks = own->ssm_marks = {};
       own->ssm_every = chunks_.tile;
       own->ssm_starts = has_starts(i) ? starts_of(layer, i, 1) : View{};
     }
@@ -201,7 +196,8 @@ class Part {
   // Chunks i … i + n - 1, in state slots `from` and `to`: forward; where they are `whole`, loss and
   // backward too.
   void compute(int64_t i, int64_t n, int32_t from, int32_t to, bool whole) {
-    const int64_t begin = i * chunk_, length = std::min(n * chunk_, rows_.total() - begin);
+    const int64_t begin = i * chunks_.length,
+                  length = std::min(n * chunks_.length, rows_.total() - begin);
     std::optional<Rows> piece;
     if (count_ > 1)
       piece.emplace(backend_, std::vector<Piece>{{.length = length,
@@ -291,7 +287,7 @@ class Part {
   View ids_, targets_;
   const Rows& rows_;
   Chunks chunks_;
-  int64_t chunk_, count_;
+  int64_t count_;
   bool by_layer_;                        // longer than a chunk, where it is not cut
   std::optional<State> state_, dstate_;  // two slots
   std::optional<State> kept_;            // behind each chunk but the last
@@ -302,27 +298,32 @@ class Part {
 
 }  // namespace
 
-Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk) {
-  if (model.config.trains_whole()) return {std::max<int64_t>(length, 1)};
-  if (length <= chunk) return {chunk};
+Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk,
+                 bool exact) {
+  if (model.config.trains_whole()) return {.length = std::max<int64_t>(length, 1)};
+  Chunks cut{.length = chunk};
+  if (length <= chunk) return cut;
   const auto up = [](int64_t steps, int64_t unit) { return (steps + unit - 1) / unit * unit; };
   const auto even = [&](int64_t most) {  // of as many chunks as there are of `most` steps
     const int64_t count = (length + most - 1) / most;
     return (length + count - 1) / count;
   };
-  if (has_marks(backend, model)) {
-    const int64_t tiles = scan_tiles(backend.device(), model.config.e);
-    const int64_t unit = scan_block(backend.device());
-    const int64_t most = tiles > 0 ? chunk / tiles / unit * unit : 0;
-    constexpr int64_t kFewest = 128;  // steps of a tile: fewer slow the first pass down
-    if (most >= kFewest) {
-      const int64_t steps = even(most * tiles);
-      const int64_t tile = std::clamp(up((steps + tiles - 1) / tiles, unit), kFewest, most);
-      return {tile * tiles, tile};
-    }
+  constexpr int64_t kFewest = 128;  // steps of a tile: fewer slow the first pass down
+  constexpr int64_t kUnit = 1024;   // whole tiles of many lengths
+  const bool marks = has_marks(backend, model);
+  const int64_t tiles = marks ? scan_tiles(backend.device(), model.config.e) : 0;
+  const int64_t unit = scan_block(backend.device());
+  const int64_t most = tiles > 0 ? chunk / tiles / unit * unit : 0;  // steps of a tile
+  if (!exact && most >= kFewest) {
+    const int64_t steps = even(most * tiles);
+    cut.tile = std::clamp(up((steps + tiles - 1) / tiles, unit), kFewest, most);
+    cut.length = cut.tile * tiles;
+  } else if (!exact && chunk % kUnit == 0) {
+    cut.length = up(even(chunk), kUnit);
   }
-  constexpr int64_t kUnit = 1024;  // whole tiles of many lengths
-  return {chunk % kUnit == 0 ? up(even(chunk), kUnit) : chunk};
+  if (marks && cut.length % unit == 0)
+    cut.together = std::clamp<int64_t>(std::ssize(model.backbone.layers), 1, Chunks::kKept);
+  return cut;
 }
 
 double weight_of(View targets, View class_weights) {

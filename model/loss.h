@@ -44,13 +44,18 @@ BatchLoss batch_loss(Backend& backend, const Model& model, View ids, const Rows&
 // that the last is not a short one and blocks of memory are of few sizes.
 struct Chunks {
   int64_t length = 0;  // of each but the last
+  // How many go through together where only their states are wanted: it takes as much memory as a
+  // layer of one does with all that backward needs. On a CPU one, which may stay in its caches.
+  int64_t together = 1;
   // Where forward, run again for backward, saves by it, the first run keeps the scan's states
   // before every so many steps of the last chunks, kKept at most, in whole runs of chunks that go
   // through together; 0: of no chunk.
   int64_t tile = 0;
   static constexpr int64_t kKept = 24;
 };
-Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk);
+// exact: of the length asked for, whatever becomes of the last.
+Chunks chunks_of(const Backend& backend, const Model& model, int64_t length, int64_t chunk,
+                 bool exact = false);
 
 // What the mean divides by: counted targets, each by its class's weight if there are any.
 double weight_of(View targets, View class_weights);

@@ -84,9 +84,8 @@ MemoryPlan plan_memory(const Config& config, const MemoryRequest& request) {
     if (cut) {  // then each sequence is on its own
       // Chunks in the middle are alike: a few are run, among them as many as go through together
       // at most; for the others their states are held.
-      const int64_t ahead = std::min<int64_t>(std::ssize(config.layers), Chunks::kKept);
-      const int64_t run = std::max<int64_t>(4, ahead + 1);
       const Chunks cuts = chunks_of(backend, model, length, chunk);
+      const int64_t run = std::max<int64_t>(4, cuts.together + 1);
       plan.chunk = chunk = cuts.length;
       plan.tile = cuts.tile;
       const int64_t chunks = (length + chunk - 1) / chunk;

@@ -96,8 +96,9 @@ inline cudaLaunchAttribute early_launch() {
   return attribute;
 }
 
-// A kernel whose first act is take_turn(): its blocks are placed while the last ones of the kernel
-// before are at work, which saves some microseconds between two short kernels.
+// A kernel that says take_turn() before it touches what another may write: its blocks are placed
+// while the last ones of the kernel before are at work, which saves some microseconds between two
+// short kernels. Errors are check_launch()'s, which names the op.
 __device__ inline void take_turn() {
   await_previous();
   let_next_begin();
@@ -113,7 +114,7 @@ void launch_in_turn(void (*kernel)(Parameters...), dim3 blocks, dim3 threads, in
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  (void)cudaLaunchKernelEx(&config, kernel, arguments...);  // check_launch() names the op
+  (void)cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
 // Before a launch whose shared memory, static and dynamic, may be above the 48 KB that need no

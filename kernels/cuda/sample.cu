@@ -261,8 +261,7 @@ __global__ void __launch_bounds__(kMostThreads) sample_kernel(const Operands<T> 
 #pragma unroll 1
   for (bool done = false; !done;) {
     if (!rehearsal) {
-      await_previous();
-      let_next_begin();
+      take_turn();
       from = op;
     }
     draw<T, kHolds>(from, shared, rehearsal);
@@ -303,16 +302,11 @@ void CudaBackend::run(const Sample& op) {
                                .top_p = op.top_p,
                                .seed = op.seed,
                                .step = op.step};
-    cudaLaunchAttribute early = early_launch();
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(m));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.stream = stream_;
-    config.attrs = &early;
-    config.numAttrs = 1;
     const auto kernel =
         v <= kMostThreads * kHeld ? sample_kernel<T, true> : sample_kernel<T, false>;
-    check_call(cudaLaunchKernelEx(&config, kernel, operands), name);
+    launch_in_turn(kernel, static_cast<unsigned>(m), static_cast<unsigned>(threads), 0, stream_,
+                   operands);
+    check_launch(name);
   });
 }
 
