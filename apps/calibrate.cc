@@ -18,10 +18,10 @@ struct Options {
   CommonOptions common;
   EngineOptions engine{.strands = "both"};
   std::string model, into;
-  std::vector<std::string> known, unknown, centres;
+  std::vector<std::string> known, unknown;
   std::vector<Size> lengths;
   double keep = CalibrateOptions{}.keep;
-  Size pieces{CalibrateOptions{}.pieces};
+  Size pieces{CalibrateOptions{}.pieces}, excerpts;
   double overlap = 0, slack = 0;
   bool by_class = false;
 };
@@ -50,9 +50,9 @@ po::options_description describe(Options& options) {
        "of a piece that the next one may have too, where there are too few otherwise")  //
       ("slack", option(options.slack, "NUMBER"),
        "taken off the log-odds of every threshold: strains that are new are called less surely")  //
-      ("centres", po::value(&options.centres)->multitoken()->value_name("FILE..."),
-       "sequences that MODEL was trained on: thresholds not of the probability, but of how far "
-       "log-odds lie from the mean of these, for each class; the threshold printed is 0")  //
+      ("excerpts", po::value(&options.excerpts)->value_name("SIZE"),
+       "DNA: thresholds not of the probability of the whole, but of its mean over excerpts of so "
+       "many bases, each read on its own; classify reads those too, so it takes twice as long")  //
       ("by-class", po::bool_switch(&options.by_class),
        "a threshold for each class that is called; of classes that fewer than 20 known pieces are "
        "called, that of all");
@@ -65,14 +65,6 @@ OpenSource opener(const Config& config, const std::vector<std::string>& files) {
     const InputOptions input{.inputs = files, .reference = {}, .regions = {}, .bed = {}};
     return config.audio.rate > 0 ? open_sounds(config, input, {}) : open_inputs(input);
   };
-}
-
-// Into the last threshold of `target`.
-void put_centres(const Calibration& row, const Config& config, Config& target) {
-  if (target.labels.empty()) return;  // only printed
-  check(target.labels == config.labels, "--centres: MODEL and --into have different classes");
-  target.unknown.back().centres = row.centres;
-  target.unknown.back().distances = row.distances;
 }
 
 }  // namespace
@@ -101,13 +93,12 @@ int run_calibrate(int argc, char** argv) {
   if (!(options.slack >= 0)) {
     throw UsageError(fmt::format("--slack: expected 0 or more, found {}", options.slack));
   }
-  if (!options.centres.empty() && (options.by_class || options.slack > 0))
-    throw UsageError("--centres: takes neither --by-class nor --slack");
   CalibrateOptions how{.keep = options.keep,
                        .pieces = options.pieces,
                        .overlap = options.overlap,
                        .by_class = options.by_class,
-                       .slack = options.slack};
+                       .slack = options.slack,
+                       .excerpt = options.excerpts};
   if (!options.lengths.empty()) how.lengths.assign(options.lengths.begin(), options.lengths.end());
   for (const int64_t length : how.lengths) {
     if (length < 1) throw UsageError("--lengths: expected at least 1");
@@ -123,13 +114,15 @@ int run_calibrate(int argc, char** argv) {
     target = read_config(options.into);
     check_classifier(target, options.into);
   }
+  for (const Config* each : {&config, options.into.empty() ? &config : &target})
+    if (how.excerpt > 0 && each->alphabet != "dna")
+      throw UsageError("--excerpts is for models that read DNA");
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
   const std::vector<Calibration> rows =
       with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {
         return calibrate(*backend, model, opener(config, options.known),
                          options.unknown.empty() ? OpenSource() : opener(config, options.unknown),
-                         how,
-                         options.centres.empty() ? OpenSource() : opener(config, options.centres));
+                         how);
       });
   Output out("");
   std::string header = "length\tthreshold\tknown\tkept\tunknown\tcaught";
@@ -137,13 +130,13 @@ int run_calibrate(int argc, char** argv) {
     for (const std::string& label : config.labels) header += '\t' + label;
   out.write(header + '\n');
   target.unknown.clear();
+  target.unknown_excerpt = how.excerpt;
   for (const Calibration& row : rows) {
     std::string line = fmt::format("{}\t{:.6f}\t{}\t{:.4f}\t{}\t{:.4f}", row.length, row.threshold,
                                    row.known, row.kept, row.unknown, row.caught);
     for (const double threshold : row.by_class) line += fmt::format("\t{:.6f}", threshold);
     out.write(line + '\n');
     target.unknown.push_back({.length = row.length, .probability = row.threshold});
-    if (!row.centres.empty()) put_centres(row, config, target);
     if (!options.by_class) continue;
     for (const std::string& label : target.labels) {  // one more or less than the model has
       const auto at = std::ranges::find(config.labels, label) - config.labels.begin();

@@ -46,6 +46,7 @@ std::string json_line(const Config& config, const Answer& answer, bool all) {
                               {"end", answer.end},
                               {"label", name_of(config, answer.label)},
                               {"probability", answer.probability}};
+  if (config.unknown_excerpt > 0) line["agreement"] = answer.agreement;
   if (all) {
     nlohmann::ordered_json& classes = line["probabilities"];
     for (size_t i = 0; i < config.labels.size(); i++) {

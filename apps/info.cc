@@ -160,13 +160,8 @@ int64_t steps_of(const MemoryRequest& request) {
   return request.chunk > 0 ? std::min(request.chunk, request.length) : request.length;
 }
 
-// "below 0.750", of thresholds by class "below 0.270 to 0.992", or of distances "beyond 4.2
-// to 9.1".
+// "below 0.750", of thresholds by class "below 0.270 to 0.992".
 std::string threshold_text(const Config::Threshold& threshold) {
-  if (!threshold.centres.empty()) {
-    const auto [low, high] = std::ranges::minmax(threshold.distances);
-    return fmt::format("beyond {:.1f} to {:.1f} of log-odds, by class,", low, high);
-  }
   if (threshold.by_class.empty()) return fmt::format("below {:.3f}", threshold.probability);
   const auto [low, high] = std::ranges::minmax(threshold.by_class);
   return fmt::format("below {:.3f} to {:.3f}, by class,", low, high);
@@ -179,9 +174,13 @@ std::string text_of(const InfoOptions& options, const Config& config,
                                  config.model_type, objective_text(config), front_end_text(config),
                                  sizes_text(config), fmt::join(reader.files(), " "));
   if (!config.labels.empty()) text += fmt::format("labels   {}\n", fmt::join(config.labels, ", "));
+  const std::string excerpts =
+      config.unknown_excerpt > 0
+          ? fmt::format(", of excerpts of {}", with_commas(config.unknown_excerpt))
+          : "";
   for (const Config::Threshold& threshold : config.unknown)
-    text += fmt::format("unknown  {} at {} bases\n", threshold_text(threshold),
-                        with_commas(threshold.length));
+    text += fmt::format("unknown  {} at {} bases{}\n", threshold_text(threshold),
+                        with_commas(threshold.length), excerpts);
 
   size_t width = 6, shape = 5;
   for (const Group& group : groups) {
@@ -280,8 +279,8 @@ std::string json_of(const InfoOptions& options, const Config& config,
     json["unknown"].push_back(
         {{"length", threshold.length}, {"probability", threshold.probability}});
     if (!threshold.by_class.empty()) json["unknown"].back()["by_class"] = threshold.by_class;
-    if (!threshold.centres.empty()) json["unknown"].back()["distances"] = threshold.distances;
   }
+  if (config.unknown_excerpt > 0) json["unknown_excerpt"] = config.unknown_excerpt;
   json["network"] = {{"layers", all_layers(config)},
                      {"d", config.d},
                      {"e", config.e},

@@ -257,30 +257,11 @@ void parse_alphabet(const Reader& json, const std::string& where, Config& config
         config.alphabet.size(), config.vocab);
 }
 
-std::vector<double> parse_numbers(const Reader& row, const char* name, const Json& list) {
-  if (!list.is_array()) row.refuse(name, "a list of numbers", list);
-  std::vector<double> numbers;
-  for (const Json& number : list) {
-    if (!number.is_number()) row.refuse(name, "numbers", list);
-    numbers.push_back(number.get<double>());
-  }
-  return numbers;
-}
-
-void parse_centres(const Reader& row, Config::Threshold& threshold) {
-  const Json* centres = row.find("centres");
-  if (!centres) return;
-  if (!centres->is_array()) row.refuse("centres", "a list of lists of numbers", *centres);
-  for (const Json& centre : *centres)
-    threshold.centres.push_back(parse_numbers(row, "centres", centre));
-  threshold.distances = parse_numbers(row, "distances", row.need("distances"));
-}
-
 void parse_coil(const Json& value, const std::string& where, Config& config) {
   constexpr std::string_view known[] = {
       "objective",  "pooling",       "alphabet", "audio",         "condition", "condition_dropout",
       "unknown",    "mixers",        "s4d",      "topology",      "unet",      "mlp",
-      "mask_share", "target_column", "kmer",     "bidirectional", "strands"};
+      "mask_share", "target_column", "kmer",     "bidirectional", "strands",   "unknown_excerpt"};
   check(value.is_object(), "{}: coil: expected an object, found {}", where, describe(value));
   for (const auto& item : value.items())
     check(std::ranges::count(known, item.key()) > 0,
@@ -323,6 +304,9 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   config.equivariant = json.one_of_or("strands", "", {"equivariant", ""}) == "equivariant";
   check_directions(config, where);
   if (const Json* s4d = json.find("s4d")) parse_s4d(*s4d, where, config);
+  config.unknown_excerpt = json.size_or("unknown_excerpt", 0, 0, int64_t{1} << 30);
+  if (config.unknown_excerpt > 0 && config.alphabet != "dna")
+    json.refuse("unknown_excerpt", "none but of DNA", *json.find("unknown_excerpt"));
   const Json* unknown = json.find("unknown");
   if (!unknown) return;
   if (!unknown->is_array())
@@ -340,7 +324,6 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
       row.refuse("length", fmt::format("more than the {} before it", config.unknown.back().length),
                  entry["length"]);
     config.unknown.push_back({length, p});
-    parse_centres(row, config.unknown.back());
     const Json* by_class = row.find("by_class");
     if (!by_class) continue;
     if (!by_class->is_array()) row.refuse("by_class", "a list of numbers", *by_class);
@@ -552,29 +535,12 @@ std::string to_json(const Config& config) {
     nlohmann::ordered_json row{{"length", threshold.length},
                                {"probability", threshold.probability}};
     if (!threshold.by_class.empty()) row["by_class"] = threshold.by_class;
-    if (!threshold.centres.empty()) {
-      row["centres"] = threshold.centres;
-      row["distances"] = threshold.distances;
-    }
     coil["unknown"].push_back(row);
   }
+  if (config.unknown_excerpt > 0) coil["unknown_excerpt"] = config.unknown_excerpt;
   json["coil"] = coil;
   return json.dump(2) + "\n";
 }
-
-namespace {
-
-// A number for each label, of each class or of none.
-void check_centres(const Config::Threshold& threshold, size_t labels, const std::string& path) {
-  if (threshold.centres.empty()) return;
-  bool good = threshold.distances.size() == labels && threshold.centres.size() == labels;
-  for (const std::vector<double>& centre : threshold.centres)
-    good = good && (centre.empty() || centre.size() == labels);
-  check(good, "{}: coil.unknown of length {}: expected centres and distances for {} labels", path,
-        threshold.length, labels);
-}
-
-}  // namespace
 
 Config read_config(const std::string& folder) {
   const std::string path = folder + "/config.json";
@@ -583,7 +549,6 @@ Config read_config(const std::string& folder) {
   if (config.objective == Objective::classify || config.condition)
     config.labels = parse_labels(read_file(labels, kMaxBytes), labels);
   for (const Config::Threshold& threshold : config.unknown) {
-    check_centres(threshold, config.labels.size(), path);
     check(threshold.by_class.empty() || threshold.by_class.size() == config.labels.size(),
           "{}: coil.unknown of length {}: expected by_class for {} labels, found {}", path,
           threshold.length, config.labels.size(), threshold.by_class.size());

@@ -127,18 +127,16 @@ struct Config {
                                                : 256;
   }
   // Thresholds of "unknown" by record length, ascending: below `probability` the answer is
-  // "unknown".
+  // "unknown"; of DNA, that of the record or, with unknown_excerpt, the mean over its excerpts of
+  // so many bases (pipelines/classify.h).
   struct Threshold {
     int64_t length;
     double probability;
     std::vector<double>
         by_class{};  // of the class called, in the order of labels; empty: one for all
-    // Or of log-odds farther from the centre of the class called than its distance, in the order of
-    // labels: pipelines/classify.h. Empty: no such rule; an empty centre: none for this class.
-    std::vector<std::vector<double>> centres{};
-    std::vector<double> distances{};
   };
   std::vector<Threshold> unknown;
+  int64_t unknown_excerpt = 0;  // 0: no excerpts
 };
 
 // What stands inside the outermost stage of a U-Net, as a network of its own.

@@ -1,12 +1,11 @@
 // Thresholds of "unknown" by length. Pieces of each length are cut evenly from sequences of known
 // classes that the model was not trained on; the threshold is the largest probability that keeps at
 // least `keep` of them:
-//   p(L) = the (1 - keep) quantile of the top probability of known pieces of L bases,
+//   p(L) = the (1 - keep) quantile of the agreement (pipelines/classify.h) of known pieces of L
+//   bases:
+// the top probability, or the mean over excerpts of that class's,
 // by class: p(L, c) = that of those which are called c. Classes differ in how sure of them a model
 // is; what is foreign and goes by the name of a class of which it is sure then stands out.
-// Or by distance (pipelines/classify.h): centres are the mean log-odds of pieces that the model was
-// trained on, by the class that they are called; of known pieces that are called a class its
-// distance is the least that keeps `keep`.
 // Sequences of a class that was left out of training say how many of the unknown it catches; they
 // do not set it.
 #pragma once
@@ -27,15 +26,14 @@ struct CalibrateOptions {
   int64_t pieces = 1000;  // of each length, about
   double overlap = 0;     // share of a piece that the next one may have too
   bool by_class = false;
-  double slack =
-      0;  // taken off the log-odds of every threshold: new strains are called less surely
+  // Taken off the log-odds of every threshold: new strains are called less surely.
+  double slack = 0;
+  int64_t excerpt = 0;  // of Config::unknown_excerpt
 };
 struct Calibration {
   int64_t length = 0;
   double threshold = 0;
   std::vector<double> by_class;  // of classes that fewer than 20 known pieces are called: threshold
-  std::vector<std::vector<double>> centres;  // of Config::Threshold
-  std::vector<double> distances;
   int64_t known = 0, unknown = 0;  // pieces
   double kept = 0, caught = 0;     // shares of them; caught: NaN where there are no unknown ones
 };
@@ -43,10 +41,8 @@ struct Calibration {
 using OpenSource = std::function<std::unique_ptr<Source>()>;
 
 // One row per length, ascending. Lengths of which there are fewer than 100 known pieces are left
-// out. `unknown` may be empty; `centres`, where there is one, is what the model was trained on.
-// Throws where no length is left.
+// out. `unknown` may be empty. Throws where no length is left.
 std::vector<Calibration> calibrate(Backend& backend, const Model& model, const OpenSource& known,
-                                   const OpenSource& unknown, const CalibrateOptions& options,
-                                   const OpenSource& centres = {});
+                                   const OpenSource& unknown, const CalibrateOptions& options);
 
 }  // namespace coil

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "kernels/error.h"
 #include "pipelines/engine.h"
@@ -41,7 +42,12 @@ class Average {
     std::vector<double> values = unit.values;  // mean over the strands
     for (double& value : values) value /= unit.strands;
     if (config_.equivariant) softmax(values);
-    for (size_t i = 0; i < sum_.size(); i++) sum_[i] += length * values[i];
+    const std::vector<double>& excerpts = unit.excerpts.empty() ? values : unit.excerpts;
+    const double all = std::accumulate(excerpts.begin(), excerpts.end(), 0.0);  // 1 of each
+    for (size_t i = 0; i < sum_.size(); i++) {
+      sum_[i] += length * values[i];
+      agreement_[i] += length * excerpts[i] / all;
+    }
     answer_.end += options_.per == AnswerPer::unit ? 0 : unit.fresh;
   }
 
@@ -53,12 +59,11 @@ class Average {
     answer_.probability = *best;
     answer_.label = static_cast<int32_t>(best - answer_.probabilities.begin());
     const int64_t length = answer_.end - answer_.begin;
-    const bool given = options_.min_probability >= 0;
-    const double threshold =
-        given ? options_.min_probability : unknown_threshold(config_, length, answer_.label);
-    const bool strange =
-        !given && strangeness(config_, length, answer_.label, answer_.probabilities) > 1;
-    if (strange || !(answer_.probability >= threshold)) answer_.label = -1;
+    answer_.agreement = agreement_[answer_.label] / weight_;
+    const double threshold = options_.min_probability >= 0
+                                 ? options_.min_probability
+                                 : unknown_threshold(config_, length, answer_.label);
+    if (!(answer_.agreement >= threshold)) answer_.label = -1;
     emit_(answer_);
     weight_ = 0;
   }
@@ -75,24 +80,25 @@ class Average {
       answer_.end = unit.end;
     }
     sum_.assign(config_.labels.size(), 0);
+    agreement_ = sum_;
   }
 
   const Config& config_;
   const ClassifyOptions& options_;
   const std::function<void(const Answer&)>& emit_;
   Answer answer_;
-  std::vector<double> sum_;
+  std::vector<double> sum_, agreement_;
   double weight_ = 0;  // bases or samples
   int64_t group_ = -1;
 };
 
 }  // namespace
 
-namespace {
-
-// Of a value of each calibrated length: linear in log(length) between them, constant beyond.
-template <class Of>
-double by_length(const std::vector<Config::Threshold>& table, int64_t length, const Of& of) {
+double unknown_threshold(const Config& config, int64_t length, int32_t label) {
+  const auto of = [label](const Config::Threshold& row) {
+    return row.by_class.empty() ? row.probability : row.by_class.at(static_cast<size_t>(label));
+  };
+  const std::vector<Config::Threshold>& table = config.unknown;
   if (table.empty()) return 0;
   if (length <= table.front().length) return of(table.front());
   for (size_t i = 1; i < table.size(); i++) {
@@ -103,39 +109,6 @@ double by_length(const std::vector<Config::Threshold>& table, int64_t length, co
     return of(low) + share * (of(high) - of(low));
   }
   return of(table.back());
-}
-
-}  // namespace
-
-double unknown_threshold(const Config& config, int64_t length, int32_t label) {
-  return by_length(config.unknown, length, [&](const Config::Threshold& row) {
-    return row.by_class.empty() ? row.probability : row.by_class.at(static_cast<size_t>(label));
-  });
-}
-
-std::vector<double> log_odds(const std::vector<double>& probabilities) {
-  constexpr double kLeast = 1e-300;  // a probability may be 0
-  std::vector<double> odds;
-  double sum = 0;
-  for (const double p : probabilities) sum += odds.emplace_back(std::log(std::max(p, kLeast)));
-  for (double& value : odds) value -= sum / static_cast<double>(odds.size());
-  return odds;
-}
-
-double distance(const Config::Threshold& row, const std::vector<double>& log_odds, int32_t label) {
-  const std::vector<double>& centre = row.centres.at(static_cast<size_t>(label));
-  double sum = 0;
-  for (size_t c = 0; c < centre.size(); c++)
-    sum += (log_odds[c] - centre[c]) * (log_odds[c] - centre[c]);
-  return std::sqrt(sum);
-}
-
-double strangeness(const Config& config, int64_t length, int32_t label,
-                   const std::vector<double>& probabilities) {
-  return by_length(config.unknown, length, [&](const Config::Threshold& row) {
-    if (row.centres.empty()) return 0.;
-    return distance(row, log_odds(probabilities), label) / row.distances.at(label);
-  });
 }
 
 void check_classifier(const Config& config, const std::string& where) {
@@ -165,8 +138,9 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
     for (size_t i = 0; i < batch.pieces.size(); i++) {
       if (!batch.pieces[i].last) continue;
       std::vector<double> of_strand(row, row + classes);
-      if (!model.config.equivariant) softmax(of_strand);
-      std::vector<double>& values = batch.units[i]->values;
+      Stream::Unit& unit = *batch.units[i];
+      if (!model.config.equivariant || batch.excerpt[i]) softmax(of_strand);
+      std::vector<double>& values = batch.excerpt[i] ? unit.excerpts : unit.values;
       values.resize(classes);
       for (size_t k = 0; k < classes; k++) values[k] += of_strand[k];
       row += classes;
@@ -177,7 +151,9 @@ void classify(Backend& backend, const Model& model, Source& source, const Classi
     while (stream.pop(unit)) average.add(unit);
     if (progress) progress(stream);
   };
-  run_stream(backend, model, source, options.stream, {compute, add, turn});
+  StreamOptions stream = options.stream;
+  if (options.min_probability < 0) stream.excerpt = model.config.unknown_excerpt;
+  run_stream(backend, model, source, stream, {compute, add, turn});
   average.flush();
 }
 

@@ -2,6 +2,10 @@
 //   p = softmax of the class logits of the pooled hidden states, in f64. Averages are means of
 //   probabilities: the two strands of a unit weigh the same, the units of a pair or a file weigh by
 //   their bases or samples. Of an equivariant model the logits of the strands are averaged instead.
+// "Unknown" is an answer whose agreement is below a threshold: the probability of its class, or, of
+// a model with unknown_excerpt, the mean of that probability over excerpts that are read each on
+// its own. A carried state makes a model surer of whatever it took a sequence for; of what is
+// foreign, excerpts are called by many names.
 #pragma once
 
 #include <functional>
@@ -19,8 +23,8 @@ struct ClassifyOptions {
   StreamOptions stream;
   AnswerPer per = AnswerPer::unit;
   std::vector<std::string> files;  // names of the source's files, for AnswerPer::file
-  double min_probability =
-      -1;  // below it the label is "unknown"; -1: by length from config.unknown
+  // Below it the label is "unknown"; -1: by length from config.unknown, which sets stream.excerpt.
+  double min_probability = -1;
 };
 
 struct Answer {
@@ -28,23 +32,13 @@ struct Answer {
   int64_t begin = 0, end = 0;  // 0-based, half open
   int32_t label = -1;          // index into config.labels; -1: unknown
   double probability = 0;      // of the likeliest class, unknown or not
+  double agreement = 0;        // of excerpts with that class; where there are none, probability
   std::vector<double> probabilities;
 };
 
 // Threshold of "unknown" for a sequence of `length` bases that is called class `label`: linear in
 // log(length) between the calibrated lengths, constant beyond them; 0 where the model has none.
 double unknown_threshold(const Config& config, int64_t length, int32_t label);
-
-// "Unknown" by distance. The log-odds of an answer are
-//   z_c = log p_c - mean over c of log p_c,
-// and it lies |z - m| from the centre m of the class that it is called.
-std::vector<double> log_odds(const std::vector<double>& probabilities);
-// 0 where class `label` has no centre.
-double distance(const Config::Threshold& row, const std::vector<double>& log_odds, int32_t label);
-// The distance in units of the class's own, between lengths as unknown_threshold; above 1 is
-// unknown. 0 where the model has no centres.
-double strangeness(const Config& config, int64_t length, int32_t label,
-                   const std::vector<double>& probabilities);
 
 // Throws where the model is no classifier or reads neither DNA nor audio; `where` names it.
 void check_classifier(const Config& config, const std::string& where);

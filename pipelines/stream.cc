@@ -47,6 +47,7 @@ int64_t auto_batch(const Config& config, Device device) {
 struct Stream::Sequence {
   Unit* unit = nullptr;
   bool reverse = false;
+  bool excerpt = false;  // of the unit, held whole
   int64_t length = -1;   // in tokens; -1: the record has not ended yet
   int64_t position = 0;  // next step
   int64_t base = 0;      // of codes[0]
@@ -60,7 +61,7 @@ struct Stream::Sequence {
 Stream::Stream(Source& source, const StreamOptions& options, int parallel, const FrontEnd& front)
     : source_(source), options_(options), front_(front) {
   COIL_ASSERT(options_.batch > 0);
-  COIL_ASSERT(!front.audio() || options_.strands == Strands::forward);
+  COIL_ASSERT(!front.audio() || (options_.strands == Strands::forward && options_.excerpt == 0));
   if (options_.whole && options_.window == 0) options_.window = kWholeRecord;
   options_.window *= front.step();
   options_.stride *= front.step();
@@ -94,10 +95,33 @@ Stream::Sequence& Stream::begin_sequence(Unit& unit, bool reverse) {
   return sequence;
 }
 
+// Of a unit whose end is known. codes_from: the codes of the excerpt that begins there.
+void Stream::begin_excerpts(Unit& unit,
+                            const std::function<std::vector<uint8_t>(int64_t)>& codes_from) {
+  const int64_t each = options_.excerpt;
+  if (each == 0 || unit.length() <= each) return;
+  const int64_t count = unit.length() / each, stride = (count + kExcerpts - 1) / kExcerpts;
+  for (int64_t i = 0; i < count; i += stride)
+    for (const bool reverse : {false, true}) {
+      if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
+      Sequence& sequence = begin_sequence(unit, reverse);
+      sequence.excerpt = true;
+      sequence.length = front_.prefix() + each;
+      sequence.base = front_.prefix();
+      sequence.codes = codes_from(i * each);
+      if (reverse) dna::reverse_complement(sequence.codes);
+      unit.pending++;
+      promised_ += sequence.length;
+    }
+}
+
 // A unit that is complete in memory.
 void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
   const auto length = static_cast<int64_t>(codes.size());
   unit.end = unit.begin + length;
+  begin_excerpts(unit, [&](int64_t begin) {
+    return std::vector<uint8_t>(codes.begin() + begin, codes.begin() + begin + options_.excerpt);
+  });
   promised_ += (front_.prefix() + length) * unit.strands;
   for (const bool reverse : {false, true}) {
     if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
@@ -119,9 +143,17 @@ void Stream::end_open() {
   open_->fresh = open_length_;
   if (open_forward_) open_forward_->length = front_.prefix() + open_length_;
   for (const bool reverse : {false, true}) {
-    if (!open_->spill || (!reverse && options_.strands == Strands::reverse)) continue;
+    const Strands other = reverse ? Strands::forward : Strands::reverse;
+    if (!open_->spill || options_.strands == other) continue;
     begin_sequence(*open_, reverse).length = open_length_;
   }
+  if (open_->spill)
+    begin_excerpts(*open_, [&](int64_t begin) {
+      std::vector<uint8_t> codes;  // the reverse strand's, from the mirrored place
+      open_->spill->read_reverse(open_length_ - begin - options_.excerpt, options_.excerpt, codes);
+      dna::reverse_complement(codes);
+      return codes;
+    });
   open_ = nullptr;
   open_forward_ = nullptr;
 }
@@ -181,7 +213,7 @@ bool Stream::read() {
   if (segment.first) {
     open_ = &begin_unit(segment);
     open_length_ = 0;
-    if (options_.strands != Strands::forward) {
+    if (options_.strands != Strands::forward || options_.excerpt > 0) {
       open_->spill = std::make_unique<Spill>();
     } else {
       open_forward_ = &begin_sequence(*open_, false);
@@ -209,7 +241,7 @@ int64_t Stream::prepare(Sequence& sequence, int64_t want) {
                          sequence.codes.begin() + (sequence.position - sequence.base));
     sequence.base = sequence.position;
   }
-  if (sequence.unit->spill) {
+  if (sequence.unit->spill && !sequence.excerpt) {
     const int64_t rest = sequence.length - sequence.position;
     if (sequence.readable() < sequence.position + std::min(rest, want + 1)) {
       const int64_t count = std::min(rest, std::max(Source::kRun, want + 1));
@@ -279,6 +311,7 @@ bool Stream::fill(Batch& batch, size_t& i) {
     batch.next.push_back(last ? -1 : token(sequence, end));
     batch.pieces.push_back(piece);
     batch.units.push_back(sequence.unit);
+    batch.excerpt.push_back(sequence.excerpt);
     sequence.position += count;
     if (last) sequence.unit->pending -= 1;
     budget -= count;
@@ -297,6 +330,7 @@ int Stream::next(std::vector<Batch>& batches) {
   for (Batch& batch : batches) {
     batch.pieces.clear();
     batch.units.clear();
+    batch.excerpt.clear();
     batch.ids.clear();
     batch.next.clear();
     more = more && fill(batch, i);

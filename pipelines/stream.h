@@ -5,17 +5,17 @@
 //     compute batches 0 … n-1;  add to batch.units[i]->values;  while (stream.pop(unit)) write; }
 //
 // A unit is what gets one answer: a record, or a window of one. It is read as one or two sequences
-// (strands). Each turn fills up to k batches of `batch` rows with the open sequences in order of
-// their begin, at most `chunk` steps of each: a long record moves on chunk by chunk with its state
-// in a slot, many short ones share a batch. Every piece reads one slot and writes another, so that
-// a batch that failed can be computed again. What the batches hold is a function of input, options
-// and k only, never of time.
+// (strands), and where asked, excerpts of it are, each on its own. Each turn fills up to k batches
+// of `batch` rows with the open sequences in order of their begin, at most `chunk` steps of each: a
+// long record moves on chunk by chunk with its state in a slot, many short ones share a batch.
+// Every piece reads one slot and writes another, so that a batch that failed can be computed again.
+// What the batches hold is a function of input, options and k only, never of time.
 //
 // Memory is bounded whatever the input: a record that comes in several segments is never held. For
-// its forward strand alone it is read as it arrives. For both strands, or the reverse one, a Spill
-// takes 2 bits a base, and the sequences begin when the record has ended, so that they are computed
-// side by side. A window is held whole, one byte a base. Answers wait for those before them, at
-// most kWindow of them.
+// its forward strand alone it is read as it arrives. For both strands, the reverse one, or
+// excerpts, a Spill takes 2 bits a base, and the sequences begin when the record has ended, so that
+// they are computed side by side. A window is held whole, one byte a base. Answers wait for those
+// before them, at most kWindow of them.
 #pragma once
 
 #include <deque>
@@ -43,6 +43,9 @@ struct StreamOptions {
   int64_t stride = 0;  // 0: the window
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
+  // Of DNA: of units that are longer, excerpts of so many bases, end to end, are read as well, each
+  // on its own; of units of more than kExcerpts every second, third, … 0: none.
+  int64_t excerpt = 0;
   // Of a bidirectional model: records and windows are never cut, and are at most so long; 0: cut as
   // they must.
   int64_t whole = 0;
@@ -57,8 +60,9 @@ int64_t auto_batch(const Config& config, Device device);
 
 class Stream {
  public:
-  static constexpr int64_t kWindow = 4096;  // units begun and not yet popped
-  static constexpr int64_t kSlots = 256;    // of states: twice the most sequences carried at once
+  static constexpr int64_t kWindow = 4096;   // units begun and not yet popped
+  static constexpr int64_t kSlots = 256;     // of states: twice the most sequences carried at once
+  static constexpr int64_t kExcerpts = 256;  // of a unit
 
   struct Unit {
     int64_t record = 0, file = 0;
@@ -67,9 +71,10 @@ class Stream {
     // 0-based, half open, Segment::offset added; fresh: of that, what no earlier window of the
     // record held. Codes until the unit is popped, then bases or samples.
     int64_t begin = 0, end = -1, fresh = 0;
-    int strands = 0;             // sequences
-    std::vector<double> values;  // of whoever computes
-    std::string text;            // likewise
+    int strands = 0;               // sequences
+    std::vector<double> values;    // of whoever computes
+    std::vector<double> excerpts;  // likewise, of its excerpts
+    std::string text;              // likewise
     int64_t length() const { return end - begin; }
 
    private:
@@ -80,6 +85,7 @@ class Stream {
   struct Batch {
     std::vector<Piece> pieces;
     std::vector<Unit*> units;   // per piece
+    std::vector<bool> excerpt;  // per piece: of an excerpt of the unit
     std::vector<int32_t> ids;   // per row: the token
     std::vector<int32_t> next;  // per row: the token after it in its sequence, -1 at the end
   };
@@ -106,6 +112,7 @@ class Stream {
   Unit& begin_unit(const Segment& segment);
   Sequence& begin_sequence(Unit& unit, bool reverse);
   void hold(Unit& unit, std::vector<uint8_t> codes);
+  void begin_excerpts(Unit& unit, const std::function<std::vector<uint8_t>(int64_t)>& codes_from);
   void end_open();
   int64_t prepare(Sequence& sequence, int64_t want);
   bool fill(Batch& batch, size_t& i);

@@ -107,35 +107,34 @@ TEST(Calibrate, ByClass) {
   EXPECT_NEAR(1 - static_cast<double>(after.back()) / rows[0].known, rows[0].kept, 1e-12);
 }
 
-// By distance from the centres of what the model was trained on; classify says the same of the same
-// pieces.
-TEST(Calibrate, ByDistance) {
+// By excerpts; classify, which reads them since the model says so, calls the same pieces unknown.
+TEST(Calibrate, ByExcerpts) {
   const auto backend = make_cpu_backend(1);
   Model model = small_model(*backend, small_config(Objective::classify));
   const OpenSource known = records({random_codes(30'000, 1)});
-  const OpenSource trained = records({random_codes(30'000, 2)});
-  Codes letter = random_codes(10'000, 3);
-  for (auto& code : letter) code = 1;
-  const auto rows =
-      calibrate(*backend, model, known, records({letter}),
-                {.stream = {.batch = 512}, .lengths = {50}, .keep = 0.9, .pieces = 200}, trained);
-  ASSERT_EQ(rows.size(), 1u);
-  const Calibration& row = rows[0];
-  EXPECT_EQ(row.threshold, 0);
-  EXPECT_GE(row.kept, 0.9);
-  EXPECT_LE(row.kept, 0.9 + 3.0 / row.known);  // of each of three classes the least that does
-  EXPECT_EQ(row.caught, 1);                    // one letter, over and over, is like none of them
-  model.config.unknown = {{50, row.threshold, {}, row.centres, row.distances}};
+  const CalibrateOptions options{
+      .stream = {.batch = 512}, .lengths = {50, 100}, .keep = 0.9, .pieces = 200, .excerpt = 50};
+  const auto rows = calibrate(*backend, model, known, {}, options);
+  ASSERT_EQ(rows.size(), 2u);
+  CalibrateOptions whole = options;
+  whole.excerpt = 0;
+  const auto without = calibrate(*backend, model, known, {}, whole);
+  EXPECT_EQ(rows[0].threshold, without[0].threshold);  // a piece no longer than an excerpt is one
+  EXPECT_NE(rows[1].threshold, without[1].threshold);
+  model.config.unknown = {{100, rows[1].threshold, {}}};
+  model.config.unknown_excerpt = 50;
   int64_t all = 0, labelled = 0;
-  const StreamOptions stream{.window = 50, .stride = 150, .batch = 512};
+  const StreamOptions stream{.window = 100, .stride = 150, .batch = 512};
   const auto source = known();
   classify(*backend, model, *source, {.stream = stream, .files = {}}, [&](const Answer& answer) {
-    if (answer.end - answer.begin != 50) return;
+    if (answer.end - answer.begin != 100) return;
     all++;
     labelled += answer.label >= 0;
+    EXPECT_EQ(answer.label >= 0, answer.agreement >= rows[1].threshold);
   });
-  EXPECT_EQ(all, row.known);
-  EXPECT_NEAR(static_cast<double>(labelled) / all, row.kept, 1e-12);
+  EXPECT_EQ(all, rows[1].known);
+  EXPECT_LT(labelled, all);
+  EXPECT_NEAR(static_cast<double>(labelled) / all, rows[1].kept, 1e-12);
 }
 
 TEST(Calibrate, WithoutUnknownAndWithoutEnough) {

@@ -223,20 +223,6 @@ TEST(Classify, UnknownBelowTheThreshold) {
   EXPECT_DOUBLE_EQ(unknown_threshold(config, 100, 1), 0.4);
   EXPECT_DOUBLE_EQ(unknown_threshold(config, 20'000, 1), 1.0);
 
-  // By distance of the log-odds from the centre of the class.
-  const std::vector<double> odds = log_odds({0.8, 0.2});
-  EXPECT_NEAR(odds[0], std::log(2.0), 1e-12);
-  EXPECT_NEAR(odds[1], -std::log(2.0), 1e-12);
-  EXPECT_TRUE(std::isfinite(log_odds({1, 0})[1]));
-  EXPECT_EQ(strangeness(config, 100, 0, {0.8, 0.2}), 0);
-  config.unknown[0].centres = {{odds[0] - 3, odds[1] + 4}, {}};
-  config.unknown[0].distances = {2, 2};
-  EXPECT_NEAR(distance(config.unknown[0], odds, 0), 5, 1e-12);
-  EXPECT_NEAR(strangeness(config, 1, 0, {0.8, 0.2}), 2.5, 1e-12);
-  EXPECT_NEAR(strangeness(config, 1000, 0, {0.8, 0.2}), 1.25, 1e-12);
-  EXPECT_EQ(strangeness(config, 100, 1, {0.2, 0.8}), 0);  // a class without a centre
-  config.unknown[0].centres.clear();
-
   const auto backend = make_cpu_backend(1);
   config.unknown = {{50, 0.0}, {51, 1.0}};
   const Model model = small_model(*backend, config);
@@ -248,6 +234,49 @@ TEST(Classify, UnknownBelowTheThreshold) {
     EXPECT_EQ(answers[0].label < 0, given == 1.0);
     EXPECT_EQ(answers[1].label < 0, given != 0.0);
     EXPECT_GT(answers[1].probability, 1.0 / 3);  // of the likeliest class all the same
+  }
+}
+
+// Agreement: of excerpts, both strands of each, with the class of the whole; those of a record that
+// comes in segments too, and every second one where there are more than kExcerpts.
+TEST(Classify, AgreementIsThatOfExcerpts) {
+  Config config = small_config(Objective::classify);
+  const auto backend = make_cpu_backend(2);
+  const Model plain = small_model(*backend, config);
+  config.unknown_excerpt = 30;
+  config.unknown = {{1, 0.0}};
+  const Model model = small_model(*backend, config);
+  const int64_t many = 30 * Stream::kExcerpts + 29;
+  const std::vector<Codes> records{random_codes(30, 1), random_codes(75, 2), random_codes(31, 3),
+                                   random_codes(many, 4), random_codes(many + 1, 5)};
+  for (const Strands strands : {Strands::both, Strands::forward, Strands::reverse}) {
+    Records alone(records);
+    const auto excerpts = classify_all(
+        *backend, plain, alone,
+        {.stream = {.strands = strands, .window = 30, .batch = 4096}, .min_probability = 0});
+    Records again(records);
+    const auto expected =
+        classify_all(*backend, plain, again, {.stream = {.strands = strands, .batch = 4096}});
+    for (const int64_t run : {int64_t{40}, Source::kRun})
+      for (const int64_t batch : {64, 4096}) {
+        Records source(records, run);
+        const auto answers =
+            classify_all(*backend, model, source, {.stream = {.strands = strands, .batch = batch}});
+        ASSERT_EQ(answers.size(), records.size());
+        for (size_t i = 0; i < records.size(); i++) {
+          expect_near(answers[i].probabilities, expected[i].probabilities, 1e-5, "the whole");
+          double sum = 0;
+          int64_t count = 0;
+          const int64_t stride = i == 4 ? 60 : 30;  // 257 excerpts are too many
+          for (const Answer& excerpt : excerpts) {
+            if (excerpt.name != answers[i].name || excerpt.end - excerpt.begin != 30) continue;
+            if (excerpt.begin % stride != 0) continue;
+            sum += excerpt.probabilities[expected[i].label];
+            count += 1;
+          }
+          EXPECT_NEAR(answers[i].agreement, sum / count, 1e-5) << i << " of " << count;
+        }
+      }
   }
 }
 
