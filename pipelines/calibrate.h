@@ -1,9 +1,8 @@
 // Thresholds of "unknown" by length. Pieces of each length are cut evenly from sequences of known
 // classes that the model was not trained on; the threshold is the largest probability that keeps at
 // least `keep` of them:
-//   p(L) = the (1 - keep) quantile of the agreement (pipelines/classify.h) of known pieces of L
-//   bases:
-// the top probability, or the mean over excerpts of that class's,
+//   p(L) = the (1 - keep) quantile of the agreement of known pieces of L bases,
+// that is of the top probability or, with excerpts, of its mean over these (pipelines/classify.h);
 // by class: p(L, c) = that of those which are called c. Classes differ in how sure of them a model
 // is; what is foreign and goes by the name of a class of which it is sure then stands out.
 // Sequences of a class that was left out of training say how many of the unknown it catches; they

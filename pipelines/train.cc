@@ -86,6 +86,7 @@ Config Trainer::network() const {
     if (config.equivariant) config.model_type = "coil";
   }
   config.unknown.clear();
+  config.unknown_excerpt = 0;
   check_directions(config, options_.from.empty() ? "the network" : options_.from);
   return config;
 }
