@@ -52,7 +52,8 @@ po::options_description describe(Options& options) {
        "taken off the log-odds of every threshold: strains that are new are called less surely")  //
       ("excerpts", po::value(&options.excerpts)->value_name("SIZE"),
        "DNA: thresholds not of the probability of the whole, but of its mean over excerpts of so "
-       "many bases, each read on its own; classify reads those too, so it takes twice as long")  //
+       "many bases, each read on its own; classify reads those too, so it takes up to twice as "
+       "long")  //
       ("by-class", po::bool_switch(&options.by_class),
        "a threshold for each class that is called; of classes that fewer than 20 known pieces are "
        "called, that of all");
@@ -114,6 +115,8 @@ int run_calibrate(int argc, char** argv) {
     target = read_config(options.into);
     check_classifier(target, options.into);
   }
+  if (how.excerpt > Config::kMaxExcerpt)
+    throw UsageError(fmt::format("--excerpts: expected at most {}", Config::kMaxExcerpt));
   for (const Config* each : {&config, options.into.empty() ? &config : &target})
     if (how.excerpt > 0 && each->alphabet != "dna")
       throw UsageError("--excerpts is for models that read DNA");

@@ -40,13 +40,13 @@ std::string table_line(const Config& config, const Answer& answer, bool all) {
   return line + '\n';
 }
 
-std::string json_line(const Config& config, const Answer& answer, bool all) {
+std::string json_line(const Config& config, const Answer& answer, bool all, bool agreement) {
   nlohmann::ordered_json line{{"name", answer.name},
                               {"start", answer.begin},
                               {"end", answer.end},
                               {"label", name_of(config, answer.label)},
                               {"probability", answer.probability}};
-  if (config.unknown_excerpt > 0) line["agreement"] = answer.agreement;
+  if (agreement) line["agreement"] = answer.agreement;
   if (all) {
     nlohmann::ordered_json& classes = line["probabilities"];
     for (size_t i = 0; i < config.labels.size(); i++) {
@@ -212,13 +212,14 @@ int run_classify(int argc, char** argv) {
     if (!options.json) out->write(table_header(config, options.all));
   }
   Summary summary(config);
+  const bool agreement = config.unknown_excerpt > 0 && how.min_probability < 0;
   {
     Progress progress("classify");
     const auto emit = [&](const Answer& answer) {
       summary.add(answer);
       if (tags) tags->answer(name_of(config, answer.label), answer.probability);
       if (!out) return;
-      out->write(options.json ? json_line(config, answer, options.all)
+      out->write(options.json ? json_line(config, answer, options.all, agreement)
                               : table_line(config, answer, options.all));
     };
     with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {

@@ -304,7 +304,7 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   config.equivariant = json.one_of_or("strands", "", {"equivariant", ""}) == "equivariant";
   check_directions(config, where);
   if (const Json* s4d = json.find("s4d")) parse_s4d(*s4d, where, config);
-  config.unknown_excerpt = json.size_or("unknown_excerpt", 0, 0, int64_t{1} << 30);
+  config.unknown_excerpt = json.size_or("unknown_excerpt", 0, 0, Config::kMaxExcerpt);
   if (config.unknown_excerpt > 0 && config.alphabet != "dna")
     json.refuse("unknown_excerpt", "none but of DNA", *json.find("unknown_excerpt"));
   const Json* unknown = json.find("unknown");
@@ -315,6 +315,10 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
     const Json& entry = (*unknown)[i];
     const std::string name = fmt::format("coil.unknown[{}]", i);
     check(entry.is_object(), "{}: {}: expected an object, found {}", where, name, describe(entry));
+    for (const auto& item : entry.items())
+      check(item.key() == "length" || item.key() == "probability" || item.key() == "by_class",
+            "{}: {}.{}: expected one of length, probability, by_class", where, name,
+            describe(Json(item.key())));
     const Reader row(entry, where, name + ".");
     const int64_t length = row.size("length", 0, int64_t{1} << 62);
     const Json& probability = row.need("probability");

@@ -104,7 +104,7 @@ struct Config {
   // for places that fewer bases or an N come before, then the k-mers, A C G T as digits. What is
   // predicted is a base all the same; the head is not tied.
   int64_t kmer = 1;
-  static constexpr int64_t kLetters = 16, kMaxKmer = 10;
+  static constexpr int64_t kLetters = 16, kMaxKmer = 10, kMaxExcerpt = Source::kRun;
   static constexpr int64_t dna_vocabulary(int64_t kmer) {
     return kLetters + (kmer > 1 ? int64_t{1} << 2 * kmer : 0);
   }
@@ -136,7 +136,7 @@ struct Config {
         by_class{};  // of the class called, in the order of labels; empty: one for all
   };
   std::vector<Threshold> unknown;
-  int64_t unknown_excerpt = 0;  // 0: no excerpts
+  int64_t unknown_excerpt = 0;  // at most kMaxExcerpt; 0: no excerpts
 };
 
 // What stands inside the outermost stage of a U-Net, as a network of its own.

@@ -70,6 +70,7 @@ Config inner_config(const Config& config) {
   inside.inner.erase(inside.inner.begin());
   inside.labels.clear();
   inside.unknown.clear();
+  inside.unknown_excerpt = 0;
   return inside;
 }
 

@@ -43,7 +43,9 @@ class Average {
     for (double& value : values) value /= unit.strands;
     if (config_.equivariant) softmax(values);
     const std::vector<double>& excerpts = unit.excerpts.empty() ? values : unit.excerpts;
-    const double all = std::accumulate(excerpts.begin(), excerpts.end(), 0.0);  // 1 of each
+    const double all = unit.excerpts.empty()  // else 1 of each sequence
+                           ? 1
+                           : std::accumulate(excerpts.begin(), excerpts.end(), 0.0);
     for (size_t i = 0; i < sum_.size(); i++) {
       sum_[i] += length * values[i];
       agreement_[i] += length * excerpts[i] / all;

@@ -4,8 +4,8 @@
 //   their bases or samples. Of an equivariant model the logits of the strands are averaged instead.
 // "Unknown" is an answer whose agreement is below a threshold: the probability of its class, or, of
 // a model with unknown_excerpt, the mean of that probability over excerpts that are read each on
-// its own. A carried state makes a model surer of whatever it took a sequence for; of what is
-// foreign, excerpts are called by many names.
+// its own (of each strand, of an equivariant model too). A carried state makes a model surer of
+// whatever it took a sequence for; of what is foreign, excerpts are called by many names.
 #pragma once
 
 #include <functional>

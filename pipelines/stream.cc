@@ -101,18 +101,21 @@ void Stream::begin_excerpts(Unit& unit,
   const int64_t each = options_.excerpt;
   if (each == 0 || unit.length() <= each) return;
   const int64_t count = unit.length() / each, stride = (count + kExcerpts - 1) / kExcerpts;
-  for (int64_t i = 0; i < count; i += stride)
+  for (int64_t i = 0; i < count; i += stride) {
+    const std::vector<uint8_t> codes = codes_from(i * each);
+    if (2 * std::ranges::count(codes, dna::kN) > each) continue;  // a gap says nothing
     for (const bool reverse : {false, true}) {
       if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
       Sequence& sequence = begin_sequence(unit, reverse);
       sequence.excerpt = true;
       sequence.length = front_.prefix() + each;
       sequence.base = front_.prefix();
-      sequence.codes = codes_from(i * each);
+      sequence.codes = codes;
       if (reverse) dna::reverse_complement(sequence.codes);
       unit.pending++;
       promised_ += sequence.length;
     }
+  }
 }
 
 // A unit that is complete in memory.

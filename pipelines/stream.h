@@ -44,7 +44,8 @@ struct StreamOptions {
   int64_t batch = 0;   // rows of a batch; 0: auto_batch
   int64_t chunk = 0;   // most steps of one sequence in a batch; 0: the batch
   // Of DNA: of units that are longer, excerpts of so many bases, end to end, are read as well, each
-  // on its own; of units of more than kExcerpts every second, third, … 0: none.
+  // on its own; of units of more than kExcerpts every second, third, …; not those that are N by
+  // more than half. They are held when their unit has ended: at most Source::kRun. 0: none.
   int64_t excerpt = 0;
   // Of a bidirectional model: records and windows are never cut, and are at most so long; 0: cut as
   // they must.

@@ -284,7 +284,9 @@ TEST(Config, ValuesThatCannotBeAreRefused) {
       R"("coil": {"unknown": [{"length": 5}]})",
       R"("coil": {"unknown": [{"length": 5, "probability": 0.1, "by_class": 0.1}]})",
       R"("coil": {"unknown": [{"length": 5, "probability": 0.1, "by_class": [0.1, 2]}]})",
-      R"("coil": {"unknown_excerpt": -1})", R"("coil": {"unknown_excerpt": "1k"})",
+      R"("coil": {"unknown": [{"length": 5, "probability": 0, "centres": [[1]]}]})",
+      R"("coil": {"unknown_excerpt": -1})", R"("coil": {"unknown_excerpt": 65537})",
+      R"("coil": {"unknown_excerpt": "1k"})",
       R"("coil": {"unknown_excerpt": 1000, "alphabet": "xy"})",
       R"("coil": {"unknown": [{"length": 5, "probability": 0.1}, {"length": 5, "probability": 0.1}]})",
       // Fine one by one, but the product passes 2^63 and would wrap.
