@@ -94,6 +94,8 @@ int run_calibrate(int argc, char** argv) {
   if (!(options.slack >= 0)) {
     throw UsageError(fmt::format("--slack: expected 0 or more, found {}", options.slack));
   }
+  if (options.excerpts > Config::kMaxExcerpt)
+    throw UsageError(fmt::format("--excerpts: expected at most {}", Config::kMaxExcerpt));
   CalibrateOptions how{.keep = options.keep,
                        .pieces = options.pieces,
                        .overlap = options.overlap,
@@ -115,11 +117,8 @@ int run_calibrate(int argc, char** argv) {
     target = read_config(options.into);
     check_classifier(target, options.into);
   }
-  if (how.excerpt > Config::kMaxExcerpt)
-    throw UsageError(fmt::format("--excerpts: expected at most {}", Config::kMaxExcerpt));
-  for (const Config* each : {&config, options.into.empty() ? &config : &target})
-    if (how.excerpt > 0 && each->alphabet != "dna")
-      throw UsageError("--excerpts is for models that read DNA");
+  const bool dna = config.alphabet == "dna" && (options.into.empty() || target.alphabet == "dna");
+  if (how.excerpt > 0 && !dna) throw UsageError("--excerpts is for models that read DNA");
   const Model model = load_model(*backend, options.model, matrix_dtype(options.common));
   const std::vector<Calibration> rows =
       with_memory_hint(*backend, model, "--batch", how.stream.batch, [&] {

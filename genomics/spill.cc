@@ -152,6 +152,11 @@ int64_t Spill::length() const {
          static_cast<int64_t>(impl_->tail.size());
 }
 
+void Spill::read(int64_t begin, int64_t count, std::vector<uint8_t>& codes) const {
+  read_reverse(length() - begin - count, count, codes);
+  dna::reverse_complement(codes);
+}
+
 void Spill::read_reverse(int64_t begin, int64_t count, std::vector<uint8_t>& codes) const {
   COIL_ASSERT(begin >= 0 && count >= 0 && begin + count <= length());
   codes.resize(count);

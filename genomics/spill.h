@@ -19,8 +19,9 @@ class Spill {
   Spill& operator=(Spill&&) noexcept;
   void append(std::span<const uint8_t> codes);  // A C G T N only
   int64_t length() const;
-  // Codes [begin, begin+count) of the reverse complement of what was appended. Keeps the page last
-  // read: one thread at a time.
+  // Codes [begin, begin+count) of what was appended, or of its reverse complement. Both keep the
+  // page last read: one thread at a time.
+  void read(int64_t begin, int64_t count, std::vector<uint8_t>& codes) const;
   void read_reverse(int64_t begin, int64_t count, std::vector<uint8_t>& codes) const;
 
  private:

@@ -257,6 +257,42 @@ void parse_alphabet(const Reader& json, const std::string& where, Config& config
         config.alphabet.size(), config.vocab);
 }
 
+void parse_unknown(const Reader& json, const std::string& where, Config& config) {
+  config.unknown_excerpt = json.size_or("unknown_excerpt", 0, 0, Config::kMaxExcerpt);
+  if (config.unknown_excerpt > 0 && config.alphabet != "dna")
+    json.refuse("unknown_excerpt", "none but of DNA", *json.find("unknown_excerpt"));
+  const Json* unknown = json.find("unknown");
+  if (!unknown) return;
+  if (!unknown->is_array())
+    json.refuse("unknown", "a list of {\"length\", \"probability\"}", *unknown);
+  for (size_t i = 0; i < unknown->size(); ++i) {
+    const Json& entry = (*unknown)[i];
+    const std::string name = fmt::format("coil.unknown[{}]", i);
+    check(entry.is_object(), "{}: {}: expected an object, found {}", where, name, describe(entry));
+    for (const auto& item : entry.items())
+      check(item.key() == "length" || item.key() == "probability" || item.key() == "by_class",
+            "{}: {}.{}: expected one of length, probability, by_class", where, name,
+            describe(Json(item.key())));
+    const Reader row(entry, where, name + ".");
+    const int64_t length = row.size("length", 0, int64_t{1} << 62);
+    const Json& probability = row.need("probability");
+    const double p = probability.is_number() ? probability.get<double>() : -1;
+    if (!(p >= 0 && p <= 1)) row.refuse("probability", "a number from 0 to 1", probability);
+    if (!config.unknown.empty() && length <= config.unknown.back().length)
+      row.refuse("length", fmt::format("more than the {} before it", config.unknown.back().length),
+                 entry["length"]);
+    config.unknown.push_back({length, p});
+    const Json* by_class = row.find("by_class");
+    if (!by_class) continue;
+    if (!by_class->is_array()) row.refuse("by_class", "a list of numbers", *by_class);
+    for (const Json& of_class : *by_class) {
+      const double value = of_class.is_number() ? of_class.get<double>() : -1;
+      if (!(value >= 0 && value <= 1)) row.refuse("by_class", "numbers from 0 to 1", *by_class);
+      config.unknown.back().by_class.push_back(value);
+    }
+  }
+}
+
 void parse_coil(const Json& value, const std::string& where, Config& config) {
   constexpr std::string_view known[] = {
       "objective",  "pooling",       "alphabet", "audio",         "condition", "condition_dropout",
@@ -304,39 +340,7 @@ void parse_coil(const Json& value, const std::string& where, Config& config) {
   config.equivariant = json.one_of_or("strands", "", {"equivariant", ""}) == "equivariant";
   check_directions(config, where);
   if (const Json* s4d = json.find("s4d")) parse_s4d(*s4d, where, config);
-  config.unknown_excerpt = json.size_or("unknown_excerpt", 0, 0, Config::kMaxExcerpt);
-  if (config.unknown_excerpt > 0 && config.alphabet != "dna")
-    json.refuse("unknown_excerpt", "none but of DNA", *json.find("unknown_excerpt"));
-  const Json* unknown = json.find("unknown");
-  if (!unknown) return;
-  if (!unknown->is_array())
-    json.refuse("unknown", "a list of {\"length\", \"probability\"}", *unknown);
-  for (size_t i = 0; i < unknown->size(); ++i) {
-    const Json& entry = (*unknown)[i];
-    const std::string name = fmt::format("coil.unknown[{}]", i);
-    check(entry.is_object(), "{}: {}: expected an object, found {}", where, name, describe(entry));
-    for (const auto& item : entry.items())
-      check(item.key() == "length" || item.key() == "probability" || item.key() == "by_class",
-            "{}: {}.{}: expected one of length, probability, by_class", where, name,
-            describe(Json(item.key())));
-    const Reader row(entry, where, name + ".");
-    const int64_t length = row.size("length", 0, int64_t{1} << 62);
-    const Json& probability = row.need("probability");
-    const double p = probability.is_number() ? probability.get<double>() : -1;
-    if (!(p >= 0 && p <= 1)) row.refuse("probability", "a number from 0 to 1", probability);
-    if (!config.unknown.empty() && length <= config.unknown.back().length)
-      row.refuse("length", fmt::format("more than the {} before it", config.unknown.back().length),
-                 entry["length"]);
-    config.unknown.push_back({length, p});
-    const Json* by_class = row.find("by_class");
-    if (!by_class) continue;
-    if (!by_class->is_array()) row.refuse("by_class", "a list of numbers", *by_class);
-    for (const Json& of_class : *by_class) {
-      const double value = of_class.is_number() ? of_class.get<double>() : -1;
-      if (!(value >= 0 && value <= 1)) row.refuse("by_class", "numbers from 0 to 1", *by_class);
-      config.unknown.back().by_class.push_back(value);
-    }
-  }
+  parse_unknown(json, where, config);
 }
 
 // Labels stand in tables: no tabs, no control characters, no empty or double names.

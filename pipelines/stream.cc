@@ -95,41 +95,15 @@ Stream::Sequence& Stream::begin_sequence(Unit& unit, bool reverse) {
   return sequence;
 }
 
-// Of a unit whose end is known. codes_from: the codes of the excerpt that begins there.
-void Stream::begin_excerpts(Unit& unit,
-                            const std::function<std::vector<uint8_t>(int64_t)>& codes_from) {
-  const int64_t each = options_.excerpt;
-  if (each == 0 || unit.length() <= each) return;
-  const int64_t count = unit.length() / each, stride = (count + kExcerpts - 1) / kExcerpts;
-  for (int64_t i = 0; i < count; i += stride) {
-    const std::vector<uint8_t> codes = codes_from(i * each);
-    if (2 * std::ranges::count(codes, dna::kN) > each) continue;  // a gap says nothing
-    for (const bool reverse : {false, true}) {
-      if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
-      Sequence& sequence = begin_sequence(unit, reverse);
-      sequence.excerpt = true;
-      sequence.length = front_.prefix() + each;
-      sequence.base = front_.prefix();
-      sequence.codes = codes;
-      if (reverse) dna::reverse_complement(sequence.codes);
-      unit.pending++;
-      promised_ += sequence.length;
-    }
-  }
-}
-
-// A unit that is complete in memory.
-void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
-  const auto length = static_cast<int64_t>(codes.size());
-  unit.end = unit.begin + length;
-  begin_excerpts(unit, [&](int64_t begin) {
-    return std::vector<uint8_t>(codes.begin() + begin, codes.begin() + begin + options_.excerpt);
-  });
-  promised_ += (front_.prefix() + length) * unit.strands;
+// The strands that are read, of codes in memory: all of the unit's, or an excerpt of it.
+void Stream::begin_strands(Unit& unit, std::vector<uint8_t> codes, bool excerpt) {
+  const int64_t length = front_.prefix() + std::ssize(codes);
+  promised_ += length * unit.strands;
   for (const bool reverse : {false, true}) {
-    if (options_.strands == (reverse ? Strands::forward : Strands::reverse)) continue;
+    if (!reads(reverse)) continue;
     Sequence& sequence = begin_sequence(unit, reverse);
-    sequence.length = front_.prefix() + length;
+    sequence.excerpt = excerpt;
+    sequence.length = length;
     sequence.base = front_.prefix();
     if (reverse || options_.strands == Strands::forward) {
       sequence.codes = std::move(codes);
@@ -140,21 +114,42 @@ void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
   }
 }
 
+// Of a unit whose end is known. codes_from: the codes of the excerpt that begins there.
+void Stream::begin_excerpts(Unit& unit,
+                            const std::function<std::vector<uint8_t>(int64_t)>& codes_from) {
+  const int64_t each = options_.excerpt;
+  if (each == 0 || unit.length() <= each) return;
+  const int64_t count = unit.length() / each, stride = (count + kExcerpts - 1) / kExcerpts;
+  for (int64_t i = 0; i < count; i += stride) {
+    std::vector<uint8_t> codes = codes_from(i * each);
+    if (2 * std::ranges::count(codes, dna::kN) > each) continue;  // a gap says nothing
+    unit.pending += unit.strands;
+    begin_strands(unit, std::move(codes), true);
+  }
+}
+
+// A unit that is complete in memory.
+void Stream::hold(Unit& unit, std::vector<uint8_t> codes) {
+  unit.end = unit.begin + std::ssize(codes);
+  begin_excerpts(unit, [&](int64_t begin) {
+    return std::vector<uint8_t>(codes.begin() + begin, codes.begin() + begin + options_.excerpt);
+  });
+  begin_strands(unit, std::move(codes), false);
+}
+
 // The record that was being read has ended: what was spilled can be computed.
 void Stream::end_open() {
   open_->end = open_->begin + open_length_;
   open_->fresh = open_length_;
   if (open_forward_) open_forward_->length = front_.prefix() + open_length_;
   for (const bool reverse : {false, true}) {
-    const Strands other = reverse ? Strands::forward : Strands::reverse;
-    if (!open_->spill || options_.strands == other) continue;
+    if (!open_->spill || !reads(reverse)) continue;
     begin_sequence(*open_, reverse).length = open_length_;
   }
   if (open_->spill)
     begin_excerpts(*open_, [&](int64_t begin) {
-      std::vector<uint8_t> codes;  // the reverse strand's, from the mirrored place
-      open_->spill->read_reverse(open_length_ - begin - options_.excerpt, options_.excerpt, codes);
-      dna::reverse_complement(codes);
+      std::vector<uint8_t> codes;
+      open_->spill->read(begin, options_.excerpt, codes);
       return codes;
     });
   open_ = nullptr;
@@ -248,10 +243,10 @@ int64_t Stream::prepare(Sequence& sequence, int64_t want) {
     const int64_t rest = sequence.length - sequence.position;
     if (sequence.readable() < sequence.position + std::min(rest, want + 1)) {
       const int64_t count = std::min(rest, std::max(Source::kRun, want + 1));
-      // Forward codes are the reverse complement of the reverse strand's from the mirrored place.
-      const int64_t begin = sequence.reverse ? sequence.position : rest - count;
-      sequence.unit->spill->read_reverse(begin, count, sequence.codes);
-      if (!sequence.reverse) dna::reverse_complement(sequence.codes);
+      if (sequence.reverse)
+        sequence.unit->spill->read_reverse(sequence.position, count, sequence.codes);
+      else
+        sequence.unit->spill->read(sequence.position, count, sequence.codes);
       sequence.base = sequence.position;
     }
   }

@@ -113,6 +113,10 @@ class Stream {
   Unit& begin_unit(const Segment& segment);
   Sequence& begin_sequence(Unit& unit, bool reverse);
   void hold(Unit& unit, std::vector<uint8_t> codes);
+  bool reads(bool reverse) const {
+    return options_.strands != (reverse ? Strands::forward : Strands::reverse);
+  }
+  void begin_strands(Unit& unit, std::vector<uint8_t> codes, bool excerpt);
   void begin_excerpts(Unit& unit, const std::function<std::vector<uint8_t>(int64_t)>& codes_from);
   void end_open();
   int64_t prepare(Sequence& sequence, int64_t want);
